@@ -1,0 +1,1 @@
+"""apprentice: teach a vision-language model to play Crafter."""
