@@ -1,0 +1,37 @@
+"""How every command ends: 0; 1 the work failed; 2 bad usage or configuration; 130 interrupted."""
+
+import sys
+from collections.abc import Callable
+
+import typer
+
+from apprentice.params import ConfigError
+
+
+class WorkError(Exception):
+    """The work failed; the message says what, why, and what to do. Exit code 1."""
+
+
+def run(main: Callable[..., None]) -> None:
+    """Run a stage's main() as a command line; errors of ours are one message, others a traceback."""
+    application = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    application.command()(main)
+    guarded(application)
+
+
+def guarded(application: Callable[..., None]) -> None:
+    """Call it, and exit with the code that its end deserves."""
+    try:
+        application(standalone_mode=True)
+    except ConfigError as error:
+        _stop(str(error), 2)
+    except WorkError as error:
+        _stop(str(error), 1)
+    except KeyboardInterrupt:
+        # DVC itself ignores Ctrl-C and waits: exit code 0 would make it lock a partial output.
+        _stop("interrupted; run the same command again to continue", 130)
+
+
+def _stop(message: str, code: int) -> None:
+    print(message, file=sys.stderr, flush=True)
+    sys.exit(code)

@@ -1,0 +1,117 @@
+"""Chats: an episode's decisions as OpenAI rows, and rows as the token ids and pixels that a model is given."""
+
+import base64
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from apprentice import prompt
+from apprentice.episode import Episode, Step
+from apprentice.params import Prompt
+
+
+def row(episode: Episode, step: Step, settings: Prompt) -> dict:
+    """One decision of an episode as a row for fine-tuning, in OpenAI's chat form, rendered with these settings.
+
+    The answer is what the teacher asked for, whatever exploration made of it; the actions shown as the last ones are
+    those executed.
+    """
+    return {
+        "messages": [*prompt.messages(step.observation, settings, step.history), prompt.answer(step.asked)],
+        "tools": prompt.TOOLS,
+        "metadata": {
+            "episode_id": episode.id,
+            "step": step.step,
+            "seed": episode.seed,
+            "has_image": settings.mode != "text",
+            "model": step.reply.model,
+        },
+    }
+
+
+def characters(messages: list[dict]) -> int:
+    """How much text a chat has, pictures not counted."""
+    contents = [message["content"] for message in messages]
+    texts = [part["text"] for content in contents if isinstance(content, list) for part in content if "text" in part]
+    texts += [content for content in contents if isinstance(content, str)]
+    calls = [call["function"]["arguments"] for message in messages for call in message.get("tool_calls", ())]
+    return sum(map(len, texts + calls))
+
+
+def pictures(messages: list[dict]) -> list[np.ndarray]:
+    """The pictures of OpenAI chat messages, decoded: uint8 (height, width, 3) each."""
+    urls = [
+        part["image_url"]["url"]
+        for message in messages
+        if isinstance(message.get("content"), list)
+        for part in message["content"]
+        if part["type"] == "image_url"
+    ]
+    return [prompt.unpng(base64.b64decode(url.split(",", 1)[1])) for url in urls]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A conversation as a model is given it."""
+
+    prompt_ids: list[int]
+    """Everything up to where the assistant begins, one id for each visual token."""
+    answer_ids: list[int]
+    """What the assistant says, with the token that ends it; empty where it is still to be said."""
+    pixel_values: torch.Tensor | None
+    """float32, (patches, channels × temporal patch × patch × patch)."""
+    image_grid_thw: torch.Tensor | None
+    """int64, (pictures, 3): patches in time, height and width."""
+
+
+def encode(processor, messages: list[dict], images: Sequence[np.ndarray] | None = None) -> Encoded:
+    """Token ids and pixels of a chat with the tool `act`; the one way to them for training, playing and RL.
+
+    If the last message is the assistant's, its text becomes the answer. images: the pictures, where they are at hand
+    decoded; otherwise they are decoded from the messages.
+    """
+    images = pictures(messages) if images is None else images
+    answered = messages[-1]["role"] == "assistant"
+    shown = messages[:-1] if answered else messages
+    before = processor.apply_chat_template(shown, tools=prompt.TOOLS, add_generation_prompt=True, tokenize=False)
+    prompt_ids = processor.tokenizer(before, add_special_tokens=False)["input_ids"]
+    answer_ids = []
+    if answered:
+        whole = processor.apply_chat_template(messages, tools=prompt.TOOLS, tokenize=False)
+        # The template ends a turn with a line break that the model never says.
+        answer_ids = processor.tokenizer(whole[len(before) :].removesuffix("\n"), add_special_tokens=False)["input_ids"]
+    if not images:
+        return Encoded(prompt_ids, answer_ids, None, None)
+    vision = processor.image_processor(images=list(images), return_tensors="pt")
+    tokens = (vision["image_grid_thw"].prod(dim=1) // processor.image_processor.merge_size**2).tolist()
+    expanded, picture = [], iter(tokens)
+    for token in prompt_ids:
+        expanded += [token] * next(picture) if token == processor.image_token_id else [token]
+    return Encoded(expanded, answer_ids, vision["pixel_values"], vision["image_grid_thw"])
+
+
+def batch(processor, rows: Sequence[Encoded]) -> dict[str, torch.Tensor]:
+    """Model inputs: prompts padded on the left, answers on the right, so that every answer begins at one column.
+
+    Returns input_ids, attention_mask, mm_token_type_ids (rows, tokens), labels (-100 outside the answers), and
+    pixel_values, image_grid_thw for all pictures one after the other. The longest prompt's length is labels.shape[1]
+    minus the longest answer's.
+    """
+    pad = processor.tokenizer.pad_token_id
+    left, right = max(len(row.prompt_ids) for row in rows), max(len(row.answer_ids) for row in rows)
+    ids = torch.full((len(rows), left + right), pad)
+    mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
+    for index, row in enumerate(rows):
+        start, end = left - len(row.prompt_ids), left + len(row.answer_ids)
+        ids[index, start:end] = torch.tensor(row.prompt_ids + row.answer_ids)
+        mask[index, start:end] = 1
+        labels[index, left:end] = ids[index, left:end]
+    inputs = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    inputs["mm_token_type_ids"] = (ids == processor.image_token_id).long()
+    seen = [row for row in rows if row.pixel_values is not None]
+    if seen:
+        inputs["pixel_values"] = torch.cat([row.pixel_values for row in seen])
+        inputs["image_grid_thw"] = torch.cat([row.image_grid_thw for row in seen])
+    return inputs

@@ -1,0 +1,74 @@
+"""The record of play: an Episode is a sequence of Steps, one for each decision."""
+
+from dataclasses import dataclass, field
+
+from apprentice.world import Observation
+
+HISTORY = 32
+"""How many past actions a step remembers; no prompt can show more."""
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a policy answered, before anybody read it."""
+
+    message: dict
+    """An assistant message in OpenAI's form: content, tool_calls."""
+    finish_reason: str = "stop"
+    model: str = ""
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    sample: object = None
+    """What a trainer needs of the sampled tokens; lives in memory only."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One decision: what was seen, what was answered, what came of it."""
+
+    step: int
+    """Environment steps before this decision."""
+    history: tuple[str, ...]
+    """The actions executed before it, the last HISTORY of them at most."""
+    observation: Observation
+    """Before the first action; this is what the policy was shown."""
+    reply: Reply
+    asked: tuple[str, ...]
+    """The actions that the reply asks for; empty if it is invalid."""
+    invalid: str
+    """Why the reply could not be read; empty if it could."""
+    executed: tuple[str, ...]
+    """The actions that were carried out: a noop for an invalid reply, others where the teacher explores."""
+    reward: float
+    """Crafter's, summed over the executed actions."""
+    health_change: int
+    """Health points gained or lost over the executed actions."""
+    unlocked: tuple[str, ...]
+    done: bool
+    died: bool
+
+
+@dataclass(frozen=True)
+class Episode:
+    agent: str
+    seed: int
+    steps: tuple[Step, ...] = field(repr=False)
+    prompt: str = ""
+    """The settings of the prompt it was shown with, as JSON."""
+
+    @property
+    def id(self) -> str:
+        return f"{self.agent}-{self.seed}"
+
+    @property
+    def length(self) -> int:
+        """Environment steps."""
+        return self.steps[-1].step + len(self.steps[-1].executed) if self.steps else 0
+
+    @property
+    def unlocked(self) -> tuple[str, ...]:
+        return tuple(name for step in self.steps for name in step.unlocked)
+
+    @property
+    def reward(self) -> float:
+        return sum(step.reward for step in self.steps)

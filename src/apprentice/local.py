@@ -1,0 +1,154 @@
+"""The student in this process: a Policy that answers all waiting episodes with one batched generation."""
+
+import asyncio
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from apprentice import prompt
+from apprentice.conversation import Encoded, batch, encode
+from apprentice.episode import Reply
+from apprentice.policy import Turn
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A reply as it was sampled; what RL trains on."""
+
+    encoded: Encoded
+    logprobs: list[float]
+    """Log-probability of each token of the answer, at the sampling temperature."""
+
+
+class Local:
+    """A transformers model as a policy.
+
+    Requests wait until every episode under way has one; then they are answered together. The draws depend on
+    random_seed, the world's seed, how often that seed has begun before, and the turn: not on who else is playing.
+    """
+
+    def __init__(self, name: str, model, processor, temperature: float, max_tokens: int, random_seed: int = 0):
+        self.name, self.model, self.processor = name, model, processor
+        self.temperature, self.max_tokens, self.random_seed = temperature, max_tokens, random_seed
+        self._alive = 0
+        self._begun: Counter[int] = Counter()
+        self._waiting: list[tuple[Turn, np.random.Generator, asyncio.Future]] = []
+
+    def begin(self, seed: int) -> "_LocalPlayer":
+        member = self._begun[seed]
+        self._begun[seed] += 1
+        self._alive += 1
+        return _LocalPlayer(self, np.random.default_rng([self.random_seed, seed, member]))
+
+    def _flush(self) -> None:
+        if not self._waiting or len(self._waiting) < self._alive:
+            return
+        waiting, self._waiting = self._waiting, []
+        try:
+            rows = [
+                encode(
+                    self.processor,
+                    prompt.messages(turn.observation, turn.settings, turn.history, inline=False),
+                    [prompt.picture(turn.observation, turn.settings)] if turn.settings.mode != "text" else [],
+                )
+                for turn, _, _ in waiting
+            ]
+            draws = np.stack([generator.random(self.max_tokens) for _, generator, _ in waiting])
+            answers = generate(self.model, self.processor, rows, draws, self.temperature)
+        except BaseException as error:
+            for _, _, future in waiting:
+                if not future.done():
+                    future.set_exception(error)
+            return
+        for (_, _, future), row, (ids, logprobs) in zip(waiting, rows, answers, strict=True):
+            if not future.done():
+                future.set_result(self._reply(row, ids, logprobs))
+
+    def _reply(self, row: Encoded, ids: list[int], logprobs: list[float]) -> Reply:
+        ended = ids[-1] == self.processor.tokenizer.eos_token_id
+        text = self.processor.tokenizer.decode(ids[:-1] if ended else ids)
+        return Reply(
+            {"role": "assistant", "content": text},
+            "stop" if ended else "length",
+            self.name,
+            len(row.prompt_ids),
+            len(ids),
+            Sample(Encoded(row.prompt_ids, ids, row.pixel_values, row.image_grid_thw), logprobs),
+        )
+
+
+class _LocalPlayer:
+    def __init__(self, policy: Local, generator: np.random.Generator):
+        self.policy, self.generator = policy, generator
+
+    async def reply(self, turn: Turn) -> Reply:
+        future = asyncio.get_running_loop().create_future()
+        self.policy._waiting.append((turn, self.generator, future))
+        self.policy._flush()
+        return await future
+
+    def end(self) -> None:
+        self.policy._alive -= 1
+        self.policy._flush()
+
+
+def vision_tokens(processor) -> list[int]:
+    """Tokens that stand for pictures: a model that says one would break its next turn, so none is ever sampled."""
+    names = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
+    return processor.tokenizer.convert_tokens_to_ids(list(names))
+
+
+@torch.inference_mode()
+def generate(
+    model, processor, rows: list[Encoded], draws: np.ndarray, temperature: float
+) -> list[tuple[list[int], list[float]]]:
+    """Sample an answer for each prompt: its token ids, and their log-probabilities.
+
+    draws: (rows, most tokens) uniform numbers in [0, 1), one for each token to draw; temperature 0 takes the likeliest.
+    An answer ends with the end-of-turn token, or unended when draws run out.
+    """
+    inputs = batch(processor, rows).copy()
+    del inputs["labels"]
+    inputs = {name: value.to(model.device) for name, value in inputs.items()}
+    ends = torch.tensor([processor.tokenizer.eos_token_id, processor.tokenizer.pad_token_id], device=model.device)
+    banned = vision_tokens(processor)
+    draws = torch.tensor(draws, device=model.device)
+    mask = inputs["attention_mask"]
+    tokens, logprobs = [], []
+    running = torch.ones(len(rows), dtype=torch.bool, device=model.device)
+    output = model(**inputs, use_cache=True, logits_to_keep=1)
+    positions = (model.get_base_model() if hasattr(model, "get_base_model") else model).model.rope_deltas
+    positions = positions.view(-1, 1) + mask.sum(dim=1, keepdim=True)
+    for turn in range(draws.shape[1]):
+        logits = output.logits[:, -1].double()
+        logits[:, banned] = -torch.inf
+        scores = (logits / (temperature or 1.0)).log_softmax(dim=-1)
+        if temperature:
+            cumulative = scores.exp().cumsum(dim=-1)
+            token = torch.searchsorted(cumulative, draws[:, turn, None] * cumulative[:, -1:], right=True)
+            token = token.clamp(max=scores.shape[1] - 1)
+        else:
+            token = scores.argmax(dim=-1, keepdim=True)
+        tokens.append(token.where(running[:, None], ends[1]))
+        logprobs.append(scores.gather(1, token))
+        running = running & ~torch.isin(token[:, 0], ends)
+        if turn + 1 == draws.shape[1] or not running.any():
+            break
+        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+        output = model(
+            input_ids=tokens[-1],
+            attention_mask=mask,
+            position_ids=positions.expand(3, -1, -1),
+            past_key_values=output.past_key_values,
+            use_cache=True,
+        )
+        positions = positions + 1
+    ids, chances = torch.cat(tokens, dim=1).tolist(), torch.cat(logprobs, dim=1).tolist()
+    stops = set(ends.tolist())
+    answers = []
+    for row_ids, row_chances in zip(ids, chances, strict=True):
+        length = next((index + 1 for index, token in enumerate(row_ids) if token in stops), len(row_ids))
+        answers.append((row_ids[:length], row_chances[:length]))
+    return answers

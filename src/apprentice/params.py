@@ -1,0 +1,379 @@
+"""params.yaml as a frozen, checked tree; a wrong value is an error before the first step."""
+
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+PATH = Path("params.yaml")
+"""Where a stage finds its parameters: in the folder it is run in, as DVC does."""
+
+
+class ConfigError(Exception):
+    """The configuration cannot work; the message says which key, and what would be right. Exit code 2."""
+
+
+class Section(BaseModel):
+    """Frozen; unknown keys are errors, and so is a text where a number belongs."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+def seeds(value: Any) -> tuple[int, ...]:
+    """World seeds in order, from "0-99,200-249", a number or a list of either.
+
+    Raises ValueError on anything else, on a backward range and on a seed named twice.
+    """
+    found: list[int] = []
+    for item in value if isinstance(value, (list, tuple)) else [value]:
+        if isinstance(item, bool) or not isinstance(item, (int, str)):
+            raise ValueError(f'{item!r} is not a seed; write a number, "0-99,200-249" or a list of them')
+        for part in str(item).split(","):
+            match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+            if not match:
+                raise ValueError(f'{part.strip()!r} is not a seed or a range; write for example "0-99,200-249"')
+            first, last = int(match[1]), int(match[2] or match[1])
+            if last < first:
+                raise ValueError(f"the range {part.strip()} runs backwards; write {last}-{first}")
+            if last >= 2**31:
+                raise ValueError(f"seed {last} is too large; seeds are below 2147483648")
+            if last - first >= 10_000_000:
+                raise ValueError(f"the range {part.strip()} has more than ten million seeds")
+            found.extend(range(first, last + 1))
+    if not found:
+        raise ValueError('no seeds; write for example "0-99"')
+    if len(set(found)) < len(found):
+        twice = next(seed for seed in found if found.count(seed) > 1)
+        raise ValueError(f"seed {twice} is named twice")
+    return tuple(found)
+
+
+Seeds = Annotated[tuple[int, ...], BeforeValidator(seeds)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]*$")]
+
+
+class Prompt(Section):
+    """What a player is shown at each decision."""
+
+    mode: Literal["text+image", "image", "text"] = "image"
+    """The picture, the surroundings in words, or both. Status and inventory are always given in words."""
+    rules: bool = True
+    """The system prompt explains the rules and a good order; otherwise it is one line."""
+    max_actions: Annotated[int, Field(ge=1, le=20)] = 1
+    """The most actions that one reply may ask for."""
+    history: Annotated[int, Field(ge=0, le=32)] = 0
+    """How many of the last executed actions are shown."""
+    inventory: Literal["owned", "all"] = "owned"
+    """List what is owned, or every item, so that each stands at the same place at every turn."""
+    position: bool = False
+    """Show (x, y) on the map."""
+    scale: Annotated[int, Field(ge=1, le=16)] = 1
+    """The recorded picture (72 pixels) is enlarged by this factor, without smoothing."""
+
+
+class Teacher(Section):
+    policy: Literal["expert", "random", "noop"]
+    seeds: Seeds
+    max_steps: Annotated[int, Field(ge=1, le=10_000)] = 200
+    """Environment steps after which an episode ends."""
+    explore: Fraction = 0.0
+    """Share of actions replaced by random ones when executed; the trace keeps the teacher's own as the label."""
+    prompt: Prompt = Prompt()
+
+
+class Filter(Section):
+    """Which episodes and decisions are worth imitating; a limit of null is off."""
+
+    min_steps_per_episode: NonNegativeInt = 5
+    max_steps_per_episode: PositiveInt | None = None
+    min_achievements_per_episode: Annotated[int, Field(ge=0, le=22)] = 1
+    min_unique_states: NonNegativeInt = 0
+    """Distinct observations (surroundings, status, inventory) that an episode must have."""
+    detect_loops: Literal["off", "decision", "episode"] = "decision"
+    """Drop the repeated decisions, or the whole episode that has them."""
+    max_repeated_actions: PositiveInt = 5
+    """A loop is a longer run of the same action without any effect."""
+    require_valid_tool_calls: Literal["off", "decision", "episode"] = "decision"
+    """Drop the invalid replies, or the whole episode that has them."""
+    deduplicate: bool = True
+    """Drop decisions in which the same was seen and the same was answered before."""
+
+    @model_validator(mode="after")
+    def _possible(self):
+        if self.max_steps_per_episode is not None and self.max_steps_per_episode < self.min_steps_per_episode:
+            raise ValueError(
+                f"max_steps_per_episode ({self.max_steps_per_episode}) is below min_steps_per_episode "
+                f"({self.min_steps_per_episode}): no episode could pass; raise it or set it to null"
+            )
+        return self
+
+
+class Split(Section):
+    val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    random_seed: NonNegativeInt = 42
+    shuffle: bool = True
+    """Shuffle the training rows; otherwise they stand in the order of play."""
+    include_images: bool = True
+
+
+class Architecture(Section):
+    """The tiny Qwen3-VL: the real classes, small numbers."""
+
+    hidden_size: PositiveInt = 128
+    layers: PositiveInt = 3
+    heads: PositiveInt = 4
+    vision_hidden_size: PositiveInt = 96
+    vision_layers: PositiveInt = 2
+    vision_heads: PositiveInt = 3
+    initializer_range: PositiveFloat = 0.1
+    vocabulary: PositiveInt = 512
+
+
+class Pretraining(Section):
+    """Frames of random play on which the tiny student learns to see and to answer in form."""
+
+    seeds: Seeds
+    frames_per_seed: PositiveInt = 40
+    steps: PositiveInt
+    batch_size: PositiveInt = 32
+    learning_rate: PositiveFloat = 3e-3
+
+
+class HubStudent(Section):
+    model: str
+    """A repository of the Hugging Face hub."""
+    revision: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
+    """The commit, so that the same weights come tomorrow."""
+
+
+class TinyStudent(Section):
+    model: Literal["tiny"]
+    random_seed: NonNegativeInt = 0
+    architecture: Architecture = Architecture()
+    pretraining: Pretraining
+
+
+class Lora(Section):
+    rank: PositiveInt = 16
+    alpha: PositiveInt = 32
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    target_modules: str | tuple[str, ...] = "all-linear"
+
+
+class Sft(Section):
+    epochs: PositiveFloat = 3
+    batch_size: PositiveInt = 32
+    """Per device."""
+    gradient_accumulation_steps: PositiveInt = 1
+    max_length: PositiveInt = 2048
+    """Tokens; a longer row is counted and dropped, never cut."""
+    learning_rate: PositiveFloat = 5e-5
+    warmup_ratio: Fraction = 0.03
+    lr_scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "cosine"
+    weight_decay: NonNegativeFloat = 0.0
+    max_grad_norm: PositiveFloat = 1.0
+    eval_steps: PositiveInt = 50
+    early_stopping_patience: PositiveInt | None = 3
+    """Evaluations without a better validation loss after which training stops; null trains to the end."""
+    bf16: bool = False
+    random_seed: NonNegativeInt = 0
+    lora: Lora = Lora()
+
+
+class Reward(Section):
+    unlock: float = 1.0
+    """For each achievement unlocked for the first time in the episode."""
+    health: float = 0.1
+    """Per health point gained (or lost)."""
+    invalid: float = 0.0
+    """For a reply that could not be read; usually negative."""
+
+
+class Rl(Section):
+    seeds: Seeds
+    """World seeds to train on, taken in order and again from the start when used up."""
+    iterations: PositiveInt
+    """Each is a generation of episodes and the training on them."""
+    groups: PositiveInt
+    """World seeds an iteration."""
+    group_size: Annotated[int, Field(ge=2)]
+    """Episodes on the same seed, compared with each other."""
+    max_steps: Annotated[int, Field(ge=1, le=10_000)]
+    """Environment steps after which an episode ends."""
+    discount: Annotated[float, Field(ge=0, le=1)] = 0.95
+    temperature: PositiveFloat = 1.0
+    decisions: PositiveInt
+    """Decisions trained on in an iteration, drawn from those played; a multiple of batch_size."""
+    epochs: PositiveInt = 1
+    """Passes over the decisions of an iteration."""
+    batch_size: PositiveInt = 64
+    """Decisions an optimizer step."""
+    learning_rate: PositiveFloat = 2e-6
+    clip_low: PositiveFloat = 0.2
+    clip_high: PositiveFloat = 0.2
+    kl_coefficient: NonNegativeFloat = 0.01
+    """Weight of the KL divergence to the SFT policy."""
+    max_grad_norm: PositiveFloat = 1.0
+    random_seed: NonNegativeInt = 0
+    reward: Reward = Reward()
+
+    @model_validator(mode="after")
+    def _whole_batches(self):
+        if self.decisions % self.batch_size:
+            raise ValueError(
+                f"decisions ({self.decisions}) is not a multiple of batch_size ({self.batch_size}); "
+                f"write {self.decisions // self.batch_size * self.batch_size or self.batch_size}"
+            )
+        return self
+
+
+class Sampling(Section):
+    """How a student's reply is drawn, in RL's evaluation and in the benchmark."""
+
+    temperature: NonNegativeFloat = 1.0
+    max_tokens: PositiveInt = 24
+    batch_size: PositiveInt = 32
+    """Episodes that are played together; part of the result, since it changes rounding."""
+
+
+class Profile(Section):
+    prompt: Prompt
+    sampling: Sampling = Sampling()
+    student: Annotated[TinyStudent | HubStudent, Field(union_mode="left_to_right")]
+    sft: Sft
+    rl: Rl
+
+
+AGENTS = ("random", "noop", "expert", "base", "sft", "rl")
+
+
+class Benchmark(Section):
+    seeds: Seeds
+    max_steps: Annotated[int, Field(ge=1, le=10_000)] = 200
+    agents: tuple[Literal["random", "noop", "expert", "base", "sft", "rl"], ...] = AGENTS
+    bootstrap_samples: PositiveInt = 10_000
+
+
+class Params(Section):
+    profile: Name
+    teachers: Annotated[dict[Name, Teacher], Field(min_length=1)]
+    filter: Filter = Filter()
+    split: Split = Split()
+    benchmark: Benchmark
+    profiles: Annotated[dict[Name, Profile], Field(min_length=1)]
+
+    @property
+    def student(self) -> Profile:
+        """The profile in use."""
+        return self.profiles[self.profile]
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        if self.profile not in self.profiles:
+            raise ValueError(f"profile: {self.profile!r} is not defined; profiles are {', '.join(self.profiles)}")
+        uses = {f"teachers.{name}.seeds": teacher.seeds for name, teacher in self.teachers.items()}
+        uses[f"profiles.{self.profile}.rl.seeds"] = self.student.rl.seeds
+        if isinstance(self.student.student, TinyStudent):
+            uses[f"profiles.{self.profile}.student.pretraining.seeds"] = self.student.student.pretraining.seeds
+        uses["benchmark.seeds"] = self.benchmark.seeds
+        _disjoint(uses)
+        if self.split.include_images is False and self.student.prompt.mode != "text":
+            raise ValueError(
+                "split.include_images is false but profiles."
+                f"{self.profile}.prompt.mode is {self.student.prompt.mode!r}: the student would never see the picture "
+                "it is trained to read; set mode to text, or include_images to true"
+            )
+        return self
+
+
+def _disjoint(uses: dict[str, tuple[int, ...]]) -> None:
+    """Raise ValueError when two uses that must not see the same world share a seed."""
+    names = list(uses)
+    for index, one in enumerate(names):
+        for other in names[index + 1 :]:
+            if one.startswith("teachers.") and other.startswith("teachers."):
+                continue  # teachers may play the same worlds: split keeps a seed on one side
+            common = set(uses[one]) & set(uses[other])
+            if common:
+                raise ValueError(
+                    f"{one} and {other} share {len(common)} seeds, for example {min(common)}: results on worlds "
+                    "already seen would not count; give each its own range"
+                )
+
+
+def load(path: Path | None = None) -> Params:
+    """Read and check the parameters. Raises ConfigError naming the key and what would be right."""
+    path = path or PATH
+    try:
+        tree = YAML(typ="safe").load(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"there is no {path} in {os.getcwd()}; run from the top of the checkout") from None
+    except (YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} must be a mapping with the keys {', '.join(Params.model_fields)}")
+    try:
+        return Params.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(path, tree, error.errors()))) from None
+
+
+def _explain(path: Path, tree: dict, errors: Iterable[dict]) -> list[str]:
+    lines = []
+    for error in errors:
+        # A union adds the name of the branch tried to the location: keep only what is in the file.
+        location, node = [], tree
+        for part in error["loc"]:
+            inside = (isinstance(node, dict) and part in node) or (isinstance(node, list) and isinstance(part, int))
+            if not inside and part in ("TinyStudent", "HubStudent", "constrained-str"):
+                continue
+            location.append(str(part))
+            node = node[part] if inside else None
+        key = ".".join(location)
+        if error["type"] == "extra_forbidden":
+            section = _section(location[:-1])
+            known = f"; known there: {', '.join(section)}" if section else ""
+            lines.append(f"{path}: {key}: unknown key{known}")
+        elif error["type"] == "missing":
+            lines.append(f"{path}: {key}: is required")
+        else:
+            message = error["msg"].removeprefix("Value error, ")
+            got = f" (it is {error['input']!r})" if key and not isinstance(error["input"], (dict, Section)) else ""
+            lines.append(f"{path}: {key}: {message}{got}" if key else f"{path}: {message}")
+    return lines
+
+
+def _section(location: list[str]) -> list[str]:
+    """The keys that params.yaml knows at a place, for error messages."""
+    model: Any = Params
+    for part in location:
+        field = getattr(model, "model_fields", {}).get(part)
+        if field is None:
+            model = {"teachers": Teacher, "profiles": Profile}.get(model) if isinstance(model, str) else None
+        elif part in ("teachers", "profiles"):
+            model = part
+            continue
+        elif part == "student":
+            return sorted({*TinyStudent.model_fields, *HubStudent.model_fields})
+        else:
+            model = field.annotation
+        if model is None:
+            return []
+    return list(getattr(model, "model_fields", {}))

@@ -1,0 +1,52 @@
+"""Work in several processes that never outlive their parent."""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing.connection import wait
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def in_processes(
+    work: Callable[..., T], calls: Iterable[tuple], start: Callable[..., Any] | None = None, args: tuple = ()
+) -> Iterator[T]:
+    """The results of work(*call), as they come, on all cores. start(*args) runs first in each process.
+
+    When work raises, what has not begun is dropped and the error is raised here.
+    """
+    calls = list(calls)
+    pool = ProcessPoolExecutor(
+        min(cores(), len(calls)) or 1, multiprocessing.get_context("spawn"), _begin, (start, args)
+    )
+    try:
+        for future in as_completed([pool.submit(work, *call) for call in calls]):
+            yield future.result()
+    except BaseException:
+        for process in list((pool._processes or {}).values()):
+            process.kill()
+        raise
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _begin(start: Callable[..., Any] | None, args: tuple) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    if start:
+        start(*args)
+
+
+def _end_with_parent() -> None:
+    # A worker waits on a pipe whose other end it holds itself, so it would never notice that its parent is gone.
+    wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)

@@ -1,0 +1,240 @@
+"""The one place that renders what a player is shown and reads what it answers."""
+
+import base64
+import io
+import json
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from crafter import constants
+from PIL import Image
+
+from apprentice.params import Prompt
+from apprentice.world import ACTIONS, TILES, VIEW, Observation
+
+TOOLS: list[dict] = [
+    {
+        "type": "function",
+        "function": {
+            "name": "act",
+            "description": "Act in the world.",
+            "parameters": {
+                "type": "object",
+                "properties": {
+                    "actions": {
+                        "type": "array",
+                        "items": {"type": "string", "enum": list(ACTIONS)},
+                        "minItems": 1,
+                        "description": "The actions to take, in order.",
+                    }
+                },
+                "required": ["actions"],
+            },
+        },
+    }
+]
+"""The tool in OpenAI's form, the same for every player; how many actions are allowed is in the system prompt."""
+
+_DIRECTIONS = {(-1, 0): "left", (1, 0): "right", (0, -1): "up", (0, 1): "down"}
+_NOT_SHOWN = {"arrow-left": "arrow", "arrow-right": "arrow", "arrow-up": "arrow", "arrow-down": "arrow"}
+_NAMES = {"plant": "sapling", "plant-ripe": "ripe-plant", "void": "nothing"}
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """A reply that was read: either actions, or why there are none."""
+
+    actions: tuple[str, ...]
+    invalid: str = ""
+    """The reason, in a few words; empty if the reply is valid."""
+
+
+def messages(
+    observation: Observation, settings: Prompt, history: tuple[str, ...] = (), inline: bool = True
+) -> list[dict]:
+    """What the player is shown, as OpenAI chat messages: system and user, the picture as a PNG data URL.
+
+    history: the actions executed before; the settings say how many of them are shown.
+    inline: False leaves the picture's place empty, for who takes it from `picture`.
+    """
+    content: list[dict] = []
+    if settings.mode != "text":
+        image = {"type": "image"}
+        if inline:
+            url = "data:image/png;base64," + base64.b64encode(png(picture(observation, settings))).decode()
+            image = {"type": "image_url", "image_url": {"url": url}}
+        content.append(image)
+    content.append({"type": "text", "text": text(observation, settings, history)})
+    return [{"role": "system", "content": system(settings)}, {"role": "user", "content": content}]
+
+
+def answer(actions: tuple[str, ...] | list[str]) -> dict:
+    """The assistant message that asks for these actions: what a teacher says and a student learns to say."""
+    arguments = json.dumps({"actions": list(actions)})
+    call = {"id": "call_0", "type": "function", "function": {"name": "act", "arguments": arguments}}
+    return {"role": "assistant", "content": None, "tool_calls": [call]}
+
+
+def parse(message: dict, max_actions: int | None = None) -> Parsed:
+    """The actions that an assistant message asks for, or why it cannot be read; never raises on a message.
+
+    Read are OpenAI tool calls (arguments as JSON text or as a dict) and Hermes `<tool_call>` blocks in the text.
+    Several calls are taken one after the other. max_actions: the most that are allowed; None for any number.
+    """
+    calls = message.get("tool_calls") if isinstance(message, dict) else None
+    if calls:
+        found = [call.get("function") if isinstance(call, dict) else None for call in calls]
+    else:
+        content = message.get("content") if isinstance(message, dict) else None
+        if isinstance(content, list):
+            content = "".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
+        blocks = re.findall(r"<tool_call>(.*?)(?:</tool_call>|\Z)", content or "", re.DOTALL)
+        if not blocks:
+            return Parsed((), "no tool call")
+        found = []
+        for block in blocks:
+            try:
+                found.append(json.loads(block))
+            except (ValueError, RecursionError):
+                return Parsed((), "the tool call is not valid JSON")
+    actions: list[str] = []
+    for function in found:
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            return Parsed((), "the tool call has no name")
+        if function["name"] != "act":
+            return Parsed((), f"unknown tool {function['name'][:40]!r}")
+        arguments = function.get("arguments")
+        if isinstance(arguments, str):
+            try:
+                arguments = json.loads(arguments)
+            except (ValueError, RecursionError):
+                return Parsed((), "the arguments are not valid JSON")
+        asked = arguments.get("actions") if isinstance(arguments, dict) else None
+        if not isinstance(asked, list) or not asked:
+            return Parsed((), "the arguments have no list of actions")
+        for action in asked:
+            if not isinstance(action, str) or action not in ACTIONS:
+                return Parsed((), f"unknown action {str(action)[:40]!r}")
+        actions += asked
+    if max_actions is not None and len(actions) > max_actions:
+        return Parsed((), f"{len(actions)} actions asked for, at most {max_actions} allowed")
+    return Parsed(tuple(actions))
+
+
+def picture(observation: Observation, settings: Prompt) -> np.ndarray:
+    """The picture that the player is shown: uint8 (side, side, 3), enlarged without smoothing."""
+    image = observation.image
+    if settings.scale > 1:
+        image = image.repeat(settings.scale, axis=0).repeat(settings.scale, axis=1)
+    return image
+
+
+def png(image: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, format="png", compress_level=6)
+    return buffer.getvalue()
+
+
+def unpng(data: bytes) -> np.ndarray:
+    """The picture of a PNG: uint8 (height, width, 3)."""
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+
+
+def text(observation: Observation, settings: Prompt, history: tuple[str, ...] = ()) -> str:
+    """The words of the user's turn: status, inventory, facing, and what else the settings ask for."""
+    owned = {name: count for name, count in observation.inventory.items() if count or settings.inventory == "all"}
+    state = "asleep" if observation.sleeping else "awake"
+    lines = [
+        " ".join(f"{name} {value}" for name, value in observation.vitals.items()),
+        " ".join(f"{name} {count}" for name, count in owned.items()) or "nothing owned",
+        f"{state}, facing {_DIRECTIONS[observation.facing]}, {ahead(observation)}",
+    ]
+    if settings.position:
+        lines.append("at {} {}".format(*observation.position))
+    if settings.history:
+        shown = (("nothing",) * settings.history + history)[-settings.history :]
+        lines.append("last " + " ".join(shown))
+    if settings.mode != "image":
+        lines.append(surroundings(observation))
+    return "\n".join(lines)
+
+
+def ahead(observation: Observation) -> str:
+    """What is in the cell that the player faces."""
+    (dx, dy), (columns, rows) = observation.facing, VIEW
+    return _name(TILES[observation.view[rows // 2 + dy, columns // 2 + dx]])
+
+
+def surroundings(observation: Observation) -> str:
+    """The 9 × 7 cells around the player in words, row by row as in the picture."""
+    return f"around you, {VIEW[1]} rows from top to bottom, {VIEW[0]} cells each:\n{grid(observation)}"
+
+
+def grid(observation: Observation) -> str:
+    """Seven lines of nine words."""
+    return "\n".join(" ".join(_name(TILES[code]) for code in row) for row in observation.view)
+
+
+def _name(tile: str) -> str:
+    return _NAMES.get(tile, _NOT_SHOWN.get(tile, tile))
+
+
+@lru_cache
+def system(settings: Prompt) -> str:
+    """The system prompt. Every number in it is read from Crafter's own rules."""
+    count = "one action" if settings.max_actions == 1 else f"1 to {settings.max_actions} actions, carried out in order"
+    if not settings.rules:
+        return f"Play Crafter. Call act with {count}."
+    return _RULES.format(
+        count=count,
+        actions=", ".join(ACTIONS),
+        place="\n".join(
+            f"- place_{name}: costs {_cost(rule['uses'])}; onto {', '.join(rule['where'])}"
+            for name, rule in constants.place.items()
+        ),
+        make="\n".join(
+            f"- make_{name}: costs {_cost(rule['uses'])}; within one cell of a {' and a '.join(rule['nearby'])}"
+            for name, rule in constants.make.items()
+        ),
+        collect="\n".join(
+            f"- {material}: gives {_cost(rule['receive'])}"
+            + (f", needs {' and '.join(rule['require'])}" if rule["require"] else "")
+            + (f", works {rule['probability']:.0%} of the time" if "probability" in rule else "")
+            for material, rule in constants.collect.items()
+        ),
+        achievements=", ".join(constants.achievements),
+    )
+
+
+def _cost(items: dict[str, int]) -> str:
+    return " and ".join(f"{count} {name}" for name, count in items.items())
+
+
+_RULES = """\
+You play Crafter, a survival game on a 64 × 64 map seen from above. You see the 9 × 7 cells around you; you are in \
+the middle of them. The two lowest rows of the picture show your vitals and inventory. Unlock as many different \
+achievements as you can before you die.
+
+At each turn call the tool act with {count}. The actions: {actions}.
+- move_* turns you to that direction and takes one step if the cell is free (grass, sand, path). Never walk into lava.
+- do acts on the one cell you face: collects material, drinks water, attacks a creature, eats a cow or a ripe plant.
+- sleep restores energy until you wake up; creatures hurt a sleeper badly, so wall yourself in with stones first.
+
+Collect with do:
+{collect}
+Place in front of you:
+{place}
+Make:
+{make}
+
+Vitals go from 0 to 9. Food, drink and energy fall slowly; at 0 they cost health. Eat cows or ripe plants, drink \
+water, sleep when tired. Zombies live on grass, skeletons in caves; hit them until they fall.
+
+An order that works: collect saplings from grass and place one; collect wood; place a table; next to it make a wood \
+pickaxe and a wood sword; collect stone; make a stone pickaxe and a stone sword; place a stone; collect coal; place a \
+furnace near the table; collect iron; make an iron pickaxe and an iron sword; collect a diamond. On the way drink, \
+eat, fight and sleep.
+
+The achievements: {achievements}."""

@@ -1,0 +1,189 @@
+"""Episodes as a table: Parquet files for DVC, Arrow buffers for the ledger; one row for each decision."""
+
+import json
+from collections.abc import Iterable, Iterator
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from apprentice.episode import Episode, Reply, Step
+from apprentice.prompt import png, unpng
+from apprentice.world import ITEMS, VIEW, VITALS, Observation
+
+VERSION = 1
+"""Raised when rows change their meaning; part of every fingerprint."""
+
+_IMAGE = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+_NAMES = pa.list_(pa.string())
+SCHEMA = pa.schema(
+    [
+        pa.field("episode_id", pa.string()),
+        pa.field("agent", pa.string()),
+        pa.field("seed", pa.int64()),
+        pa.field("step", pa.int32()),
+        pa.field("history", _NAMES),
+        pa.field("image", _IMAGE),
+        pa.field("view", pa.binary()),
+        pa.field("vitals", pa.struct([(name, pa.int8()) for name in VITALS])),
+        pa.field("inventory", pa.struct([(name, pa.int8()) for name in ITEMS])),
+        pa.field("facing", pa.list_(pa.int8(), 2)),
+        pa.field("position", pa.list_(pa.int16(), 2)),
+        pa.field("sleeping", pa.bool_()),
+        pa.field("daylight", pa.float64()),
+        pa.field("prompt", pa.string()),
+        pa.field("content", pa.string()),
+        pa.field("tool_calls", pa.string()),
+        pa.field("finish_reason", pa.string()),
+        pa.field("model", pa.string()),
+        pa.field("prompt_tokens", pa.int32()),
+        pa.field("completion_tokens", pa.int32()),
+        pa.field("asked", _NAMES),
+        pa.field("invalid", pa.string()),
+        pa.field("executed", _NAMES),
+        pa.field("reward", pa.float64()),
+        pa.field("health_change", pa.int8()),
+        pa.field("unlocked", _NAMES),
+        pa.field("done", pa.bool_()),
+        pa.field("died", pa.bool_()),
+    ]
+)
+
+
+def _feature(kind: pa.DataType) -> dict:
+    """The type as `datasets` writes it; a column whose type is _IMAGE is shown as pictures."""
+    if kind == _IMAGE:
+        return {"_type": "Image"}
+    if pa.types.is_struct(kind):
+        return {field.name: _feature(field.type) for field in kind}
+    if pa.types.is_list(kind) or pa.types.is_fixed_size_list(kind):
+        length = kind.list_size if pa.types.is_fixed_size_list(kind) else -1
+        return {"feature": _feature(kind.value_type), "length": length, "_type": "List"}
+    name = {"double": "float64"}.get(str(kind), str(kind))
+    return {"dtype": name, "_type": "Value"}
+
+
+_FEATURES = {field.name: _feature(field.type) for field in SCHEMA}
+SCHEMA = SCHEMA.with_metadata({"huggingface": json.dumps({"info": {"features": _FEATURES}}, sort_keys=True)})
+
+
+def to_table(episode: Episode) -> pa.Table:
+    """One row for each decision."""
+    return pa.Table.from_pylist([_row(episode, step) for step in episode.steps], SCHEMA)
+
+
+def to_bytes(episode: Episode) -> bytes:
+    """The episode as a compressed Arrow stream."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, SCHEMA, options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer:
+        writer.write_table(to_table(episode))
+    return sink.getvalue().to_pybytes()
+
+
+def from_bytes(data: bytes) -> Episode:
+    return from_rows(pa.ipc.open_stream(data).read_all().to_pylist())
+
+
+def write(path: Path, episodes: Iterable[Episode]) -> int:
+    """Write episodes in the given order, one at a time; the same episodes give the same bytes. Returns the rows."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    rows = 0
+    with pq.ParquetWriter(partial, SCHEMA, compression="zstd") as writer:
+        for episode in episodes:
+            table = to_table(episode)
+            writer.write_table(table)
+            rows += table.num_rows
+    partial.replace(path)
+    return rows
+
+
+def read(path: Path) -> Iterator[Episode]:
+    """The episodes of a file, one at a time."""
+
+    def rows() -> Iterator[dict]:
+        for batch in pq.ParquetFile(path).iter_batches(batch_size=256):
+            yield from batch.to_pylist()
+
+    for _, group in groupby(rows(), key=lambda row: row["episode_id"]):
+        yield from_rows(list(group))
+
+
+def _row(episode: Episode, step: Step) -> dict:
+    observation, reply = step.observation, step.reply
+    return {
+        "episode_id": episode.id,
+        "agent": episode.agent,
+        "seed": episode.seed,
+        "step": step.step,
+        "history": step.history,
+        "image": {"bytes": png(observation.image), "path": None},
+        "view": observation.view.tobytes(),
+        "vitals": observation.vitals,
+        "inventory": observation.inventory,
+        "facing": observation.facing,
+        "position": observation.position,
+        "sleeping": observation.sleeping,
+        "daylight": observation.daylight,
+        "prompt": episode.prompt,
+        "content": reply.message.get("content"),
+        "tool_calls": json.dumps(reply.message["tool_calls"]) if reply.message.get("tool_calls") else None,
+        "finish_reason": reply.finish_reason,
+        "model": reply.model,
+        "prompt_tokens": reply.prompt_tokens,
+        "completion_tokens": reply.completion_tokens,
+        "asked": step.asked,
+        "invalid": step.invalid,
+        "executed": step.executed,
+        "reward": step.reward,
+        "health_change": step.health_change,
+        "unlocked": step.unlocked,
+        "done": step.done,
+        "died": step.died,
+    }
+
+
+def from_rows(rows: list[dict]) -> Episode:
+    """The episode of these rows, as `pyarrow` reads them."""
+    return Episode(rows[0]["agent"], rows[0]["seed"], tuple(_step(row) for row in rows), rows[0]["prompt"])
+
+
+def _step(row: dict) -> Step:
+    message = {"role": "assistant", "content": row["content"]}
+    if row["tool_calls"]:
+        message["tool_calls"] = json.loads(row["tool_calls"])
+    return Step(
+        step=row["step"],
+        history=tuple(row["history"]),
+        observation=Observation(
+            image=unpng(row["image"]["bytes"]),
+            view=np.frombuffer(row["view"], np.uint8).reshape(VIEW[1], VIEW[0]),
+            vitals=row["vitals"],
+            inventory=row["inventory"],
+            facing=tuple(row["facing"]),
+            position=tuple(row["position"]),
+            sleeping=row["sleeping"],
+            daylight=row["daylight"],
+        ),
+        reply=Reply(message, row["finish_reason"], row["model"], row["prompt_tokens"], row["completion_tokens"]),
+        asked=tuple(row["asked"]),
+        invalid=row["invalid"],
+        executed=tuple(row["executed"]),
+        reward=row["reward"],
+        health_change=row["health_change"],
+        unlocked=tuple(row["unlocked"]),
+        done=row["done"],
+        died=row["died"],
+    )
+
+
+def outcomes(path: Path) -> Iterator[tuple[int, int]]:
+    """(seed, achievements unlocked) of each episode of a file, without reading the pictures."""
+    found: dict[str, tuple[int, int]] = {}
+    for batch in pq.ParquetFile(path).iter_batches(columns=["episode_id", "seed", "unlocked"]):
+        for row in batch.to_pylist():
+            seed, count = found.get(row["episode_id"], (row["seed"], 0))
+            found[row["episode_id"]] = seed, count + len(row["unlocked"])
+    yield from found.values()

@@ -1,0 +1,75 @@
+"""student: the base model in models/base. A hub model is downloaded; the tiny one is built and taught to see.
+
+    dvc repro student        or: python stages/student.py
+
+To this pipeline the tiny student is what a hub model is: it sees, it answers in form, it cannot play.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+from apprentice import params
+from apprentice.command import WorkError, run
+
+BASE = Path("models/base")
+
+
+def main() -> None:
+    """Make models/base for the profile in use."""
+    settings = params.load()
+    shutil.rmtree(BASE, ignore_errors=True)
+    metrics = hub(settings) if isinstance(settings.student.student, params.HubStudent) else tiny(settings)
+    Path("metrics").mkdir(exist_ok=True)
+    Path("metrics/student.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    print("student: " + ", ".join(f"{name} {value:.3g}" for name, value in metrics.items()))
+
+
+def hub(settings: params.Params) -> dict:
+    from huggingface_hub import snapshot_download
+
+    student = settings.student.student
+    try:
+        snapshot_download(student.model, revision=student.revision, local_dir=BASE)
+    except OSError as error:  # the hub's own errors are OSErrors
+        raise WorkError(f"student: {student.model} at {student.revision} cannot be downloaded: {error}") from None
+    shutil.rmtree(BASE / ".cache", ignore_errors=True)
+    return {"megabytes": sum(file.stat().st_size for file in BASE.rglob("*") if file.is_file()) / 1e6}
+
+
+def tiny(settings: params.Params) -> dict:
+    from tqdm import tqdm
+
+    from apprentice import pretraining
+    from apprentice.processes import in_processes
+    from apprentice.student import build, tokenizer
+
+    student, shown_with = settings.student.student, settings.student.prompt
+    options = student.pretraining
+    calls = [(seed, options.frames_per_seed) for seed in options.seeds]
+    played = in_processes(pretraining.frames, calls)
+    worlds = dict(tqdm(played, total=len(calls), desc="frames", unit="seed", mininterval=1))
+    held_out = [frame for seed in options.seeds[:4] for frame in worlds[seed]]
+    seen = [frame for seed in options.seeds[4:] for frame in worlds[seed]]
+
+    tokens = tokenizer(*pretraining.vocabulary(shown_with, seen[:1000]), student.architecture.vocabulary)
+    model, processor = build(student.architecture, tokens, student.random_seed)
+    with tqdm(total=options.steps, desc="pretrain", unit="step", mininterval=1) as bar:
+
+        def progress(step: int, loss: float) -> None:
+            bar.update()
+            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+
+        pretraining.pretrain(model, processor, shown_with, seen, options, student.random_seed, progress)
+    model.save_pretrained(BASE)
+    processor.save_pretrained(BASE)
+    return {
+        "parameters": model.num_parameters(),
+        "vocabulary": len(tokens),
+        "frames": len(seen),
+        **pretraining.sight(model, processor, shown_with, held_out),
+    }
+
+
+if __name__ == "__main__":
+    run(main)
