@@ -20,30 +20,28 @@ def main(name: str) -> None:
     teacher = settings.teachers[name]
 
     from apprentice import play, store
-    from apprentice.ledger import Ledger, fingerprint
+    from apprentice.ledger import fingerprint
     from apprentice.policy import Scripted
 
-    key = fingerprint(agent=name, teacher=teacher.model_dump(mode="json", exclude={"seeds"}))
-    play.record(
+    episodes = play.record(
         Scripted,
         (teacher.policy,),
         teacher.seeds,
         teacher.max_steps,
         teacher.prompt,
-        fingerprint=key,
+        fingerprint=fingerprint(agent=name, teacher=teacher.model_dump(mode="json", exclude={"seeds"})),
         agent=name,
         explore=teacher.explore,
     )
     unlocked = steps = 0
 
-    def counted(episodes):
+    def counted():
         nonlocal unlocked, steps
         for episode in episodes:
             unlocked, steps = unlocked + len(episode.unlocked), steps + episode.length
             yield episode
 
-    with Ledger(key) as ledger:
-        rows = store.write(Path(f"data/traces/{name}.parquet"), counted(ledger.episodes(teacher.seeds)))
+    rows = store.write(Path(f"data/traces/{name}.parquet"), counted())
     count = len(teacher.seeds)
     print(
         f"collect {name}: {count} episodes, {rows} decisions, {steps / count:.0f} steps and "

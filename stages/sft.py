@@ -33,7 +33,7 @@ def main() -> None:
     model, processor = student.load("models/base", dtype="bfloat16" if sft.bf16 else "float32")
     rows = {name: training.Rows(file, processor, sft.max_length) for name, file in data.items()}
     for name, file in data.items():
-        if not len(rows[name]):
+        if not len(rows[name].dataset):
             raise WorkError(
                 f"sft: {file} has no row of at most {sft.max_length} tokens, the shortest has {rows[name].shortest}: "
                 f"raise {where}.sft.max_length, or show less by {where}.prompt"
@@ -71,8 +71,8 @@ def main() -> None:
     trainer = SFTTrainer(
         model=model,
         args=arguments,
-        train_dataset=rows["train"],
-        eval_dataset=rows["val"],
+        train_dataset=rows["train"].dataset,
+        eval_dataset=rows["val"].dataset,
         data_collator=rows["train"].collate,
         processing_class=processor,
         peft_config=training.lora_config(sft.lora),

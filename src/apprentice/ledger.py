@@ -40,14 +40,17 @@ def digest(path: Path) -> str:
 
 
 class Ledger:
-    """Episodes by seed, for one fingerprint; several processes may use it at once."""
+    """Episodes by key, for one fingerprint; several processes may use it at once.
+
+    The key names the seed and, where it matters, the seeds that were played with it.
+    """
 
     def __init__(self, fingerprint: str):
         folder = cache() / "episodes"
         folder.mkdir(parents=True, exist_ok=True)
         self._db = sqlite3.connect(folder / f"{fingerprint}.sqlite", timeout=60, isolation_level=None)
         self._db.execute("PRAGMA journal_mode=WAL")
-        self._db.execute("CREATE TABLE IF NOT EXISTS episodes (seed INTEGER PRIMARY KEY, data BLOB NOT NULL)")
+        self._db.execute("CREATE TABLE IF NOT EXISTS episodes (key TEXT PRIMARY KEY, data BLOB NOT NULL)")
 
     def __enter__(self) -> "Ledger":
         return self
@@ -55,18 +58,18 @@ class Ledger:
     def __exit__(self, *exception) -> None:
         self._db.close()
 
-    def seeds(self) -> set[int]:
-        """The seeds that have been played."""
-        return {seed for (seed,) in self._db.execute("SELECT seed FROM episodes")}
+    def keys(self) -> set[str]:
+        """The episodes that have been played."""
+        return {key for (key,) in self._db.execute("SELECT key FROM episodes")}
 
-    def add(self, seed: int, data: bytes) -> None:
-        """Record an episode (`store.to_bytes`); the first record of a seed stays."""
-        self._db.execute("INSERT OR IGNORE INTO episodes VALUES (?, ?)", (seed, data))
+    def add(self, key: str, episode: bytes) -> None:
+        """Record an episode (`store.to_bytes`); the first record of a key stays."""
+        self._db.execute("INSERT OR IGNORE INTO episodes VALUES (?, ?)", (key, episode))
 
-    def episodes(self, seeds: Iterable[int]) -> Iterator[Episode]:
-        """The episodes of these seeds, in this order. Raises KeyError for one that has not been played."""
-        for seed in seeds:
-            row = self._db.execute("SELECT data FROM episodes WHERE seed = ?", (seed,)).fetchone()
+    def episodes(self, keys: Iterable[str]) -> Iterator[Episode]:
+        """These episodes, in this order. Raises KeyError for one that has not been played."""
+        for key in keys:
+            row = self._db.execute("SELECT data FROM episodes WHERE key = ?", (key,)).fetchone()
             if row is None:
-                raise KeyError(seed)
+                raise KeyError(key)
             yield store.from_bytes(row[0])

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from apprentice import prompt
+from apprentice import prompt, student
 from apprentice.conversation import Encoded, batch, encode
 from apprentice.episode import Reply
 from apprentice.policy import Turn
@@ -77,6 +77,15 @@ class Local:
             len(ids),
             Sample(Encoded(row.prompt_ids, ids, row.pixel_values, row.image_grid_thw), logprobs),
         )
+
+
+def load(
+    name: str, adapter: str | None, temperature: float, max_tokens: int, threads: int, base: str = "models/base"
+) -> Local:
+    """The student as a policy, from its folders."""
+    torch.set_num_threads(threads)
+    model, processor = student.load(base, adapter)
+    return Local(name, model, processor, temperature, max_tokens)
 
 
 class _LocalPlayer:

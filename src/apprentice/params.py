@@ -226,6 +226,8 @@ class Rl(Section):
     batch_size: PositiveInt = 64
     """Decisions an optimizer step."""
     learning_rate: PositiveFloat = 2e-6
+    warmup_ratio: Fraction = 0.1
+    lr_scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "constant_with_warmup"
     clip_low: PositiveFloat = 0.2
     clip_high: PositiveFloat = 0.2
     kl_coefficient: NonNegativeFloat = 0.01

@@ -1,7 +1,7 @@
 """The only loop: many worlds, one policy, episodes out as they end."""
 
 import asyncio
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -75,25 +75,16 @@ def play(
     *,
     agent: str = "",
     explore: float = 0.0,
-    ended: Callable[[Episode], None] = lambda episode: None,
 ) -> list[Episode]:
     """Play an episode on each seed, all at once, and return them in the order of the seeds.
 
-    A seed may stand there several times. ended: called with each episode when it ends.
+    A seed may stand there several times.
     """
 
-    async def one(seed: int) -> Episode:
-        episode = await play_one(policy, seed, max_steps, settings, agent, explore)
-        ended(episode)
-        return episode
-
     async def all_of_them() -> list[Episode]:
-        tasks = [asyncio.ensure_future(one(seed)) for seed in seeds]
-        try:
-            return await asyncio.gather(*tasks)
-        finally:
-            for task in tasks:
-                task.cancel()
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(play_one(policy, seed, max_steps, settings, agent, explore)) for seed in seeds]
+        return [task.result() for task in tasks]
 
     return asyncio.run(all_of_them())
 
@@ -109,28 +100,30 @@ def record(
     agent: str,
     explore: float = 0.0,
     together: int = 1,
-) -> None:
-    """Play an episode on each seed that the ledger does not have yet, on all cores, recording each as it ends.
+) -> Iterator[Episode]:
+    """The episodes on these seeds, in order. Those that the ledger lacks are played first, on all cores.
 
-    build(*args): the policy, built once in each process. together: how many seeds one policy plays at once; if one
-    of them is missing all are played again, since a batched model's rounding depends on the company.
+    build(*args): the policy, built once in each process. together: how many seeds one policy plays at once. A batched
+    model's rounding depends on the company, so episodes are known by it, and if one is missing all are played again.
     """
+    groups = [tuple(seeds[start : start + together]) for start in range(0, len(seeds), together)]
+    keys = {group: [str(seed) if together == 1 else f"{seed} of {group}" for seed in group] for group in groups}
     with Ledger(fingerprint) as ledger:
-        done = ledger.seeds()
-        groups = [seeds[start : start + together] for start in range(0, len(seeds), together)]
-        missing = [group for group in groups if not done.issuperset(group)]
+        done = ledger.keys()
+        missing = [group for group in groups if not done.issuperset(keys[group])]
         calls = [(build, args, group, max_steps, settings, agent, explore) for group in missing]
         with tqdm(total=len(seeds), desc=agent, unit="episode", mininterval=1) as bar:
             bar.update(len(seeds) - sum(map(len, missing)))
-            for played in in_processes(_play_group, calls):
-                for seed, data in played:
-                    ledger.add(seed, data)
+            for group, played in in_processes(_play_group, calls):
+                for key, data in zip(keys[group], played, strict=True):
+                    ledger.add(key, data)
                 bar.update(len(played))
+        yield from ledger.episodes(key for group in groups for key in keys[group])
 
 
-def _play_group(build, args, seeds, max_steps, settings, agent, explore) -> list[tuple[int, bytes]]:
-    episodes = play(_built(build, args), seeds, max_steps, settings, agent=agent, explore=explore)
-    return [(episode.seed, store.to_bytes(episode)) for episode in episodes]
+def _play_group(build, args, group, max_steps, settings, agent, explore) -> tuple[tuple[int, ...], list[bytes]]:
+    episodes = play(_built(build, args), group, max_steps, settings, agent=agent, explore=explore)
+    return group, [store.to_bytes(episode) for episode in episodes]
 
 
 @lru_cache(maxsize=1)

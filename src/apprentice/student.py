@@ -1,11 +1,11 @@
 """The student: a vision-language model and its processor; build the tiny one, load any."""
 
-import apprentice.torchvision_operators  # noqa: F401  # isort: skip
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 import trl
+from peft import PeftModel
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForImageTextToText,
@@ -132,13 +132,13 @@ def build(architecture: Architecture, tokens: PreTrainedTokenizerFast, seed: int
     return model, processor
 
 
-def load(folder: Path | str, adapter: Path | str | None = None, dtype: str = "float32"):
+def load(folder: Path | str, adapter: Path | str | None = None, dtype: str = "float32", trainable: bool = False):
     """A model of Hugging Face's form, with a PEFT adapter if one is given. Returns (model, processor)."""
     processor = AutoProcessor.from_pretrained(folder)
     processor.chat_template = processor.tokenizer.chat_template = TEMPLATE
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=getattr(torch, dtype))
+    if torch.cuda.is_available():
+        model = model.to("cuda")
     if adapter:
-        from peft import PeftModel
-
-        model = PeftModel.from_pretrained(model, adapter)
+        model = PeftModel.from_pretrained(model, adapter, is_trainable=trainable)
     return model.eval(), processor

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from datasets import Dataset
 from peft import LoraConfig
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -14,23 +15,21 @@ from apprentice.params import Lora
 from apprentice.processes import cores
 
 
-class Rows(torch.utils.data.Dataset):
+class Rows:
     """Chat rows of a JSONL file, encoded when asked for; those longer than max_length tokens are left out."""
 
     def __init__(self, path: Path, processor, max_length: int):
         self.processor, self._rows = processor, Jsonl(path)
         lengths = [_length(processor, row["messages"]) for row in self._rows]
-        self._index = [index for index, length in enumerate(lengths) if length <= max_length]
-        self.shortest = min(lengths, default=0)
-        self.too_long = len(lengths) - len(self._index)
+        kept = [index for index, length in enumerate(lengths) if length <= max_length]
+        self.shortest, self.too_long = min(lengths, default=0), len(lengths) - len(kept)
+        self.dataset = Dataset.from_dict({"row": kept}).with_transform(self._encode)
+        """What TRL takes; a row is encoded when it is asked for."""
 
-    def __len__(self) -> int:
-        return len(self._index)
-
-    def __getitem__(self, index: int) -> dict:
-        encoded = encode(self.processor, self._rows[self._index[index]]["messages"])
-        # TRL takes the data set for one with pictures if a row has this key.
-        return {"images": encoded.image_grid_thw, "encoded": encoded}
+    def _encode(self, chosen: dict) -> dict:
+        encoded = [encode(self.processor, self._rows[index]["messages"]) for index in chosen["row"]]
+        # TRL takes the data set for one with pictures if a row has the key `images`.
+        return {"images": [row.image_grid_thw for row in encoded], "encoded": encoded}
 
     def collate(self, rows: Sequence[dict]) -> dict[str, torch.Tensor]:
         """Model inputs and labels. TRL's own collator for VLMs would leave the tools out of the prompt."""

@@ -1,0 +1,149 @@
+"""GRPO on the student's own play: TRL's trainer, with rollouts through `play` and an advantage for each decision."""
+
+from collections.abc import Sequence
+from time import perf_counter
+
+import numpy as np
+import torch
+from datasets import Dataset
+from trl import GRPOConfig, GRPOTrainer
+from trl.trainer.utils import use_adapter
+
+from apprentice.conversation import batch
+from apprentice.episode import Episode
+from apprentice.local import Local
+from apprentice.params import Prompt, Rl, Sampling
+from apprentice.play import play
+from apprentice.reward import returns, rewards
+
+
+def advantages(group: Sequence[Episode], settings: Rl) -> list[np.ndarray]:
+    """An advantage for each decision of episodes played on the same world seed.
+
+    The discounted return from a decision on, less its mean over the group at the same decision (an episode that has
+    ended has nothing more to come), divided by the standard deviation within the group. DeepSeekMath (arXiv 2402.03300)
+    normalises one outcome for each answer; an episode has hundreds of answers, and most come before what they lead to.
+    """
+    longest = max(len(episode.steps) for episode in group)
+    table = np.zeros((len(group), longest))
+    for row, episode in zip(table, group, strict=True):
+        row[: len(episode.steps)] = returns(rewards(episode, settings.reward), settings.discount)
+    centred = table - table.mean(axis=0)
+    alive = np.concatenate([row[: len(episode.steps)] for row, episode in zip(centred, group, strict=True)])
+    centred /= alive.std() + 1e-6
+    return [row[: len(episode.steps)] for row, episode in zip(centred, group, strict=True)]
+
+
+class Trainer(GRPOTrainer):
+    """TRL's GRPO with other data: each iteration plays groups of episodes and trains on their decisions.
+
+    Losses, clipping, the KL divergence to a frozen copy of the adapter, optimizer and checkpoints are TRL's.
+    """
+
+    def __init__(self, model, processor, settings: Rl, shown_with: Prompt, sampling: Sampling, args: GRPOConfig):
+        self.rl, self.shown_with, self.sampling = settings, shown_with, sampling
+        # TRL walks through a data set of prompts; ours come from the world, so its rows only count.
+        rows = Dataset.from_dict({"prompt": ["play"] * args.generation_batch_size})
+        super().__init__(model, _no_reward, args=args, train_dataset=rows, processing_class=processor)
+
+    def seeds(self, iteration: int) -> list[int]:
+        """The world seeds of an iteration: the next `groups` of the settings' seeds, beginning again at their end."""
+        first = iteration * self.rl.groups
+        return [self.rl.seeds[index % len(self.rl.seeds)] for index in range(first, first + self.rl.groups)]
+
+    def _generate_and_score_completions(self, inputs) -> dict:
+        iteration = self.state.global_step // (self.args.steps_per_generation * self.num_iterations)
+        generator = np.random.default_rng([self.rl.random_seed, 7, iteration])
+        began = perf_counter()
+        self.model.eval()
+        policy = Local(
+            "student",
+            self.accelerator.unwrap_model(self.model),
+            self.processing_class,
+            self.rl.temperature,
+            self.sampling.max_tokens,
+            random_seed=int(generator.integers(2**62)),
+        )
+        size = self.rl.group_size
+        seeds = [seed for seed in self.seeds(iteration) for _ in range(size)]
+        episodes = play(policy, seeds, self.rl.max_steps, self.shown_with)
+        self.model.train()
+        groups = [episodes[start : start + size] for start in range(0, len(episodes), size)]
+        found = [values for group in groups for values in advantages(group, self.rl)]
+        self._record(episodes, perf_counter() - began)
+        decisions = [
+            (step, advantage)
+            for episode, values in zip(episodes, found, strict=True)
+            for step, advantage in zip(episode.steps, values, strict=True)
+        ]
+        return self._rows(decisions, generator)
+
+    def _rows(self, decisions: list, generator: np.random.Generator) -> dict:
+        """As many decisions as an iteration trains on, drawn at random, in the form that TRL's loss takes."""
+        wanted = self.rl.decisions
+        chosen = [decisions[index] for index in generator.permutation(len(decisions))[:wanted]]
+        # Too few, because episodes ended early: rows that are there already, with nothing to learn from them.
+        chosen += [(chosen[index % len(chosen)][0], 0.0) for index in range(wanted - len(chosen))]
+        samples = [step.reply.sample for step, _ in chosen]
+        rows = batch(self.processing_class, [sample.encoded for sample in samples])
+        answer = max(len(sample.encoded.answer_ids) for sample in samples)
+        prompt = rows["input_ids"].shape[1] - answer
+        old = torch.zeros(wanted, answer)
+        for row, sample in zip(old, samples, strict=True):
+            row[: len(sample.logprobs)] = torch.tensor(sample.logprobs)
+        mask = rows["attention_mask"][:, prompt:]
+        found = {
+            "prompt_ids": rows["input_ids"][:, :prompt],
+            "prompt_mask": rows["attention_mask"][:, :prompt],
+            "completion_ids": rows["input_ids"][:, prompt:],
+            "completion_mask": mask,
+            "advantages": torch.tensor([advantage for _, advantage in chosen], dtype=torch.float32),
+            "old_per_token_logps": old,
+            "num_items_in_batch": mask.sum(),
+            "mm_token_type_ids": rows["mm_token_type_ids"],
+        }
+        if "pixel_values" in rows:
+            found |= {name: rows[name] for name in ("pixel_values", "image_grid_thw")}
+            found["num_images"] = [1] * wanted
+        found = {name: self._to_device(value) for name, value in found.items()}
+        if self.beta:
+            found["ref_per_token_logps"] = self._reference_logprobs(found)
+        return found
+
+    def _to_device(self, value):
+        return value.to(self.accelerator.device) if isinstance(value, torch.Tensor) else value
+
+    @torch.no_grad()
+    def _reference_logprobs(self, rows: dict) -> torch.Tensor:
+        """Log-probabilities under the adapter that training began with."""
+        model = self.accelerator.unwrap_model(self.model)
+        with use_adapter(model, "ref"):
+            return self._get_per_token_logps_and_entropies(
+                model,
+                torch.cat([rows["prompt_ids"], rows["completion_ids"]], dim=1),
+                torch.cat([rows["prompt_mask"], rows["completion_mask"]], dim=1),
+                rows["completion_ids"].shape[1],
+                batch_size=self.args.per_device_train_batch_size,
+                **{
+                    name: rows.get(name)
+                    for name in ("pixel_values", "image_grid_thw", "num_images", "mm_token_type_ids")
+                },
+            )[0]
+
+    def _record(self, episodes: list[Episode], seconds: float) -> None:
+        """What an iteration's play was like, for the log of the trainer."""
+        decisions = sum(len(episode.steps) for episode in episodes)
+        values = {
+            "reward": np.mean([sum(rewards(episode, self.rl.reward)) for episode in episodes]),
+            "achievements": np.mean([len(episode.unlocked) for episode in episodes]),
+            "length": np.mean([episode.length for episode in episodes]),
+            "invalid_rate": sum(bool(step.invalid) for episode in episodes for step in episode.steps) / decisions,
+            "decisions": decisions,
+            "steps_per_second": sum(episode.length for episode in episodes) / seconds,
+        }
+        for name, value in values.items():
+            self._metrics["train"][name].append(float(value))
+
+
+def _no_reward(**kwargs):
+    raise AssertionError("rewards come from the world")
