@@ -76,12 +76,13 @@ def episodes(agent: str, settings: params.Params):
         **common,
         prompt=profile.prompt.model_dump(mode="json"),
         sampling=sampling.model_dump(mode="json"),
+        dtype=profile.dtype,
         weights=[digest(folder) for folder in folders],
     )
     processes = min(cores(), -(-len(benchmark.seeds) // together))
     return play.record(
         local.load,
-        (agent, adapter, sampling.temperature, sampling.max_tokens, max(1, cores() // processes)),
+        (agent, adapter, profile.dtype, sampling.temperature, sampling.max_tokens, max(1, cores() // processes)),
         benchmark.seeds,
         benchmark.max_steps,
         profile.prompt,

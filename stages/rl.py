@@ -29,12 +29,14 @@ def main() -> None:
     from apprentice.ledger import cache, digest, fingerprint
 
     training.use_all_cores()
-    model, processor = student.load(
-        "models/base", "models/sft", "bfloat16" if profile.sft.bf16 else "float32", trainable=True
-    )
+    model, processor = student.load("models/base", "models/sft", profile.dtype, trainable=True)
     shaping = {name: section.model_dump(mode="json") for name, section in (("rl", rl), ("prompt", profile.prompt))}
     inputs = [digest(Path(folder)) for folder in ("models/base", "models/sft")]
-    checkpoints = cache() / "rl" / fingerprint(**shaping, max_tokens=profile.sampling.max_tokens, inputs=inputs)
+    checkpoints = (
+        cache()
+        / "rl"
+        / fingerprint(**shaping, max_tokens=profile.sampling.max_tokens, dtype=profile.dtype, inputs=inputs)
+    )
     batches = rl.decisions // rl.batch_size
     arguments = GRPOConfig(
         output_dir=str(checkpoints),
@@ -57,7 +59,7 @@ def main() -> None:
         save_total_limit=2,
         logging_steps=rl.epochs * batches,
         ignore_data_skip=True,
-        bf16=profile.sft.bf16,
+        bf16=profile.dtype == "bfloat16",
         use_cpu=not torch.cuda.is_available(),
         gradient_checkpointing=torch.cuda.is_available(),
         remove_unused_columns=False,

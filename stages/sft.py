@@ -30,7 +30,7 @@ def main() -> None:
 
     training.use_all_cores()
     data = {name: Path(f"data/sft/{name}.jsonl") for name in ("train", "val")}
-    model, processor = student.load("models/base", dtype="bfloat16" if sft.bf16 else "float32")
+    model, processor = student.load("models/base", dtype=settings.student.dtype)
     rows = {name: training.Rows(file, processor, sft.max_length) for name, file in data.items()}
     for name, file in data.items():
         if not len(rows[name].dataset):
@@ -39,7 +39,9 @@ def main() -> None:
                 f"raise {where}.sft.max_length, or show less by {where}.prompt"
             )
     inputs = [digest(path) for path in (*data.values(), Path("models/base"))]
-    checkpoints = cache() / "sft" / fingerprint(sft=sft.model_dump(mode="json"), inputs=inputs)
+    checkpoints = (
+        cache() / "sft" / fingerprint(sft=sft.model_dump(mode="json"), dtype=settings.student.dtype, inputs=inputs)
+    )
     arguments = SFTConfig(
         output_dir=str(checkpoints),
         num_train_epochs=sft.epochs,
@@ -58,7 +60,7 @@ def main() -> None:
         load_best_model_at_end=True,
         metric_for_best_model="eval_loss",
         logging_steps=min(sft.eval_steps, 25),
-        bf16=sft.bf16,
+        bf16=settings.student.dtype == "bfloat16",
         use_cpu=not torch.cuda.is_available(),
         gradient_checkpointing=torch.cuda.is_available(),
         seed=sft.random_seed,

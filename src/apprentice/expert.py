@@ -27,6 +27,8 @@ _TOOLS = {
 _TABLE_WOOD, _FURNACE_STONE = 2, 4
 _FIRST_WOOD = 6
 """Wood for the first table, both wooden tools and both stone tools."""
+_OUT_OF_VIEW = 20
+"""Steps by which a target only remembered counts as farther: who sees just the picture can follow the rest."""
 _DARK = 0.5
 """Below this daylight two zombies and more are kept in every chunk of grass (crafter/env.py, `_balance_chunk`)."""
 
@@ -181,7 +183,7 @@ class Expert:
         self._grid(self._creatures)[window] = np.where(_CREATURES[seen], seen, 0)
         self._in_view = np.zeros(len(self._map), bool)
         self._grid(self._in_view)[window] = True
-        self._penalty = np.where(self._in_view, 0, 6).astype(np.int32)
+        self._penalty = np.where(self._in_view, 0, _OUT_OF_VIEW).astype(np.int32)
         self._free = _WALKABLE[self._map] & (self._creatures == 0)
         self._fences = self._stones_around_plants()
         self._cost = self._costs()

@@ -80,11 +80,17 @@ class Local:
 
 
 def load(
-    name: str, adapter: str | None, temperature: float, max_tokens: int, threads: int, base: str = "models/base"
+    name: str,
+    adapter: str | None,
+    dtype: str,
+    temperature: float,
+    max_tokens: int,
+    threads: int,
+    base: str = "models/base",
 ) -> Local:
     """The student as a policy, from its folders."""
     torch.set_num_threads(threads)
-    model, processor = student.load(base, adapter)
+    model, processor = student.load(base, adapter, dtype)
     return Local(name, model, processor, temperature, max_tokens)
 
 

@@ -192,7 +192,6 @@ class Sft(Section):
     eval_steps: PositiveInt = 50
     early_stopping_patience: PositiveInt | None = 3
     """Evaluations without a better validation loss after which training stops; null trains to the end."""
-    bf16: bool = False
     random_seed: NonNegativeInt = 0
     lora: Lora = Lora()
 
@@ -256,6 +255,8 @@ class Sampling(Section):
 
 
 class Profile(Section):
+    dtype: Literal["float32", "bfloat16"]
+    """Of the student's weights, in training and in play."""
     prompt: Prompt
     sampling: Sampling = Sampling()
     student: Annotated[TinyStudent | HubStudent, Field(union_mode="left_to_right")]
