@@ -30,6 +30,7 @@ def main() -> None:
 
     training.use_all_cores()
     model, processor = student.load("models/base", "models/sft", profile.dtype, trainable=True)
+    actor, _ = student.load("models/base", dtype=profile.dtype)
     shaping = {name: section.model_dump(mode="json") for name, section in (("rl", rl), ("prompt", profile.prompt))}
     inputs = [digest(Path(folder)) for folder in ("models/base", "models/sft")]
     checkpoints = (
@@ -66,7 +67,7 @@ def main() -> None:
         seed=rl.random_seed,
         report_to="none",
     )
-    trainer = Trainer(model, processor, rl, profile.prompt, profile.sampling, arguments)
+    trainer = Trainer(model, actor, processor, rl, profile.prompt, profile.sampling, arguments)
     trainer.train(resume_from_checkpoint=training.last_checkpoint(checkpoints))
 
     shutil.rmtree(OUT, ignore_errors=True)

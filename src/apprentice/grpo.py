@@ -6,6 +6,7 @@ from time import perf_counter
 import numpy as np
 import torch
 from datasets import Dataset
+from peft.tuners.lora import LoraLayer
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import use_adapter
 
@@ -34,14 +35,24 @@ def advantages(group: Sequence[Episode], settings: Rl) -> list[np.ndarray]:
     return [row[: len(episode.steps)] for row, episode in zip(centred, group, strict=True)]
 
 
+@torch.no_grad()
+def merge(model, actor) -> None:
+    """Give the actor, a plain model, the weights of a PEFT model with its adapter; it answers a third faster so."""
+    for name, module in model.get_base_model().named_modules():
+        if isinstance(module, LoraLayer):
+            weight = module.get_base_layer().weight
+            actor.get_submodule(name).weight.copy_(weight + module.get_delta_weight("default"))
+
+
 class Trainer(GRPOTrainer):
     """TRL's GRPO with other data: each iteration plays groups of episodes and trains on their decisions.
 
     Losses, clipping, the KL divergence to a frozen copy of the adapter, optimizer and checkpoints are TRL's.
     """
 
-    def __init__(self, model, processor, settings: Rl, shown_with: Prompt, sampling: Sampling, args: GRPOConfig):
-        self.rl, self.shown_with, self.sampling = settings, shown_with, sampling
+    def __init__(self, model, actor, processor, settings: Rl, shown_with: Prompt, sampling: Sampling, args: GRPOConfig):
+        """model: with the adapter to train. actor: the base model once more, which plays with the adapter merged."""
+        self.actor, self.rl, self.shown_with, self.sampling = actor, settings, shown_with, sampling
         # TRL walks through a data set of prompts; ours come from the world, so its rows only count.
         rows = Dataset.from_dict({"prompt": ["play"] * args.generation_batch_size})
         super().__init__(model, _no_reward, args=args, train_dataset=rows, processing_class=processor)
@@ -55,10 +66,10 @@ class Trainer(GRPOTrainer):
         iteration = self.state.global_step // (self.args.steps_per_generation * self.num_iterations)
         generator = np.random.default_rng([self.rl.random_seed, 7, iteration])
         began = perf_counter()
-        self.model.eval()
+        merge(self.accelerator.unwrap_model(self.model), self.actor)
         policy = Local(
             "student",
-            self.accelerator.unwrap_model(self.model),
+            self.actor,
             self.processing_class,
             self.rl.temperature,
             self.sampling.max_tokens,
@@ -67,7 +78,6 @@ class Trainer(GRPOTrainer):
         size = self.rl.group_size
         seeds = [seed for seed in self.seeds(iteration) for _ in range(size)]
         episodes = play(policy, seeds, self.rl.max_steps, self.shown_with)
-        self.model.train()
         groups = [episodes[start : start + size] for start in range(0, len(episodes), size)]
         found = [values for group in groups for values in advantages(group, self.rl)]
         self._record(episodes, perf_counter() - began)
@@ -79,12 +89,18 @@ class Trainer(GRPOTrainer):
         return self._rows(decisions, generator)
 
     def _rows(self, decisions: list, generator: np.random.Generator) -> dict:
-        """As many decisions as an iteration trains on, drawn at random, in the form that TRL's loss takes."""
+        """As many decisions as an iteration trains on, in the form that TRL's loss takes.
+
+        They are drawn in proportion to the size of their advantage, which is divided out again (importance sampling):
+        the gradient is that of all decisions, and none is spent on those that hardly matter.
+        """
         wanted = self.rl.decisions
-        chosen = [decisions[index] for index in generator.permutation(len(decisions))[:wanted]]
-        # Too few, because episodes ended early: rows that are there already, with nothing to learn from them.
-        chosen += [(chosen[index % len(chosen)][0], 0.0) for index in range(wanted - len(chosen))]
-        samples = [step.reply.sample for step, _ in chosen]
+        values = np.array([advantage for _, advantage in decisions])
+        sizes = np.abs(values) + 1e-9
+        drawn = generator.choice(len(decisions), wanted, p=sizes / sizes.sum())
+        weights = torch.tensor(np.sign(values[drawn]) * np.abs(values).mean(), dtype=torch.float32)
+        chosen = [decisions[index][0] for index in drawn]
+        samples = [step.reply.sample for step in chosen]
         rows = batch(self.processing_class, [sample.encoded for sample in samples])
         answer = max(len(sample.encoded.answer_ids) for sample in samples)
         prompt = rows["input_ids"].shape[1] - answer
@@ -97,7 +113,7 @@ class Trainer(GRPOTrainer):
             "prompt_mask": rows["attention_mask"][:, :prompt],
             "completion_ids": rows["input_ids"][:, prompt:],
             "completion_mask": mask,
-            "advantages": torch.tensor([advantage for _, advantage in chosen], dtype=torch.float32),
+            "advantages": weights,
             "old_per_token_logps": old,
             "num_items_in_batch": mask.sum(),
             "mm_token_type_ids": rows["mm_token_type_ids"],

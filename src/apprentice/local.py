@@ -23,7 +23,7 @@ class Sample:
 
 
 class Local:
-    """A transformers model as a policy.
+    """A transformers model, any adapter merged, as a policy.
 
     Requests wait until every episode under way has one; then they are answered together. The draws depend on
     random_seed, the world's seed, how often that seed has begun before, and the turn: not on who else is playing.
@@ -91,6 +91,8 @@ def load(
     """The student as a policy, from its folders."""
     torch.set_num_threads(threads)
     model, processor = student.load(base, adapter, dtype)
+    if adapter:
+        model = model.merge_and_unload()  # answers a third faster
     return Local(name, model, processor, temperature, max_tokens)
 
 
@@ -99,9 +101,11 @@ class _LocalPlayer:
         self.policy, self.generator = policy, generator
 
     async def reply(self, turn: Turn) -> Reply:
-        future = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        future = loop.create_future()
         self.policy._waiting.append((turn, self.generator, future))
-        self.policy._flush()
+        # Not now: episodes that are ready to go on have to be heard first, or each would be answered alone.
+        loop.call_soon(self.policy._flush)
         return await future
 
     def end(self) -> None:
@@ -134,8 +138,7 @@ def generate(
     tokens, logprobs = [], []
     running = torch.ones(len(rows), dtype=torch.bool, device=model.device)
     output = model(**inputs, use_cache=True, logits_to_keep=1)
-    positions = (model.get_base_model() if hasattr(model, "get_base_model") else model).model.rope_deltas
-    positions = positions.view(-1, 1) + mask.sum(dim=1, keepdim=True)
+    positions = model.model.rope_deltas.view(-1, 1) + mask.sum(dim=1, keepdim=True)
     for turn in range(draws.shape[1]):
         logits = output.logits[:, -1].double()
         logits[:, banned] = -torch.inf

@@ -15,6 +15,9 @@ from apprentice.policy import Policy, Turn
 from apprentice.processes import in_processes
 from apprentice.world import ACTIONS, World
 
+# Not sleep: it is not one action but all until the player wakes up, which may be too late.
+_EXPLORED = tuple(action for action in ACTIONS if action != "sleep")
+
 
 async def play_one(
     policy: Policy, seed: int, max_steps: int, settings: Prompt, agent: str = "", explore: float = 0.0
@@ -23,7 +26,7 @@ async def play_one(
 
     An invalid reply costs a noop, is recorded with its reason, and the episode goes on. What remains of a reply's
     actions when the episode ends is dropped. explore: the probability with which each action is replaced by a
-    random one when executed; the draws depend on the seed alone.
+    random one (never sleep) when executed; the draws depend on the seed alone.
     """
     world = World(seed, max_steps=max_steps)
     player = policy.begin(seed)
@@ -37,7 +40,7 @@ async def play_one(
             before, executed, reward, unlocked = observation, [], 0.0, []
             for action in parsed.actions or ("noop",):
                 if explore and exploration.random() < explore:
-                    action = ACTIONS[exploration.integers(len(ACTIONS))]
+                    action = _EXPLORED[exploration.integers(len(_EXPLORED))]
                 outcome = world.step(action)
                 observation = outcome.observation
                 executed.append(action)
