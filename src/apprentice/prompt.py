@@ -63,7 +63,7 @@ def messages(
     if settings.mode != "text":
         image = {"type": "image"}
         if inline:
-            url = "data:image/png;base64," + base64.b64encode(png(picture(observation, settings))).decode()
+            url = "data:image/png;base64," + base64.b64encode(shown_png(observation, settings)).decode()
             image = {"type": "image_url", "image_url": {"url": url}}
         content.append(image)
     content.append({"type": "text", "text": text(observation, settings, history)})
@@ -129,6 +129,11 @@ def picture(observation: Observation, settings: Prompt) -> np.ndarray:
     if settings.scale > 1:
         image = image.repeat(settings.scale, axis=0).repeat(settings.scale, axis=1)
     return image
+
+
+def shown_png(observation: Observation, settings: Prompt) -> bytes:
+    """The picture that the player is shown, as PNG."""
+    return observation.png if observation.png and settings.scale == 1 else png(picture(observation, settings))
 
 
 def png(image: np.ndarray) -> bytes:

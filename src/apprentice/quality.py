@@ -134,7 +134,7 @@ def _shown_and_answered(step: Step, settings: Prompt) -> bytes:
     digest = hashlib.blake2b(digest_size=16)
     digest.update(prompt.text(step.observation, settings, step.history).encode())
     if settings.mode != "text":
-        digest.update(step.observation.image.tobytes())
+        digest.update(prompt.shown_png(step.observation, settings))
     digest.update(repr(step.asked or step.reply.message).encode())
     return digest.digest()
 

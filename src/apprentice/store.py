@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Iterator
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 
@@ -119,7 +120,7 @@ def _row(episode: Episode, step: Step) -> dict:
         "seed": episode.seed,
         "step": step.step,
         "history": step.history,
-        "image": {"bytes": png(observation.image), "path": None},
+        "image": {"bytes": observation.png or png(observation.image), "path": None},
         "view": observation.view.tobytes(),
         "vitals": observation.vitals,
         "inventory": observation.inventory,
@@ -158,7 +159,8 @@ def _step(row: dict) -> Step:
         step=row["step"],
         history=tuple(row["history"]),
         observation=Observation(
-            image=unpng(row["image"]["bytes"]),
+            image=partial(unpng, row["image"]["bytes"]),
+            png=row["image"]["bytes"],
             view=np.frombuffer(row["view"], np.uint8).reshape(VIEW[1], VIEW[0]),
             vitals=row["vitals"],
             inventory=row["inventory"],

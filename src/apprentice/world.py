@@ -1,10 +1,17 @@
 """Crafter, made deterministic: the same seed and actions give the same bytes in any process."""
 
-from dataclasses import dataclass
+# First, because in importing crafter numba looks for its cache.
+import apprentice.compiled  # noqa: F401  # isort: skip
 
-import crafter
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
 import numpy as np
-from crafter import constants, engine, objects
+from crafter import constants
+
+from apprentice import game, picture
 
 VERSION = 1
 """Part of every fingerprint: raise it when the same actions may lead to other bytes."""
@@ -13,36 +20,36 @@ ACTIONS: tuple[str, ...] = tuple(constants.actions)
 ACHIEVEMENTS: tuple[str, ...] = tuple(constants.achievements)
 VITALS: tuple[str, ...] = ("health", "food", "drink", "energy")
 ITEMS: tuple[str, ...] = tuple(name for name in constants.items if name not in VITALS)
-TILES: tuple[str, ...] = (
-    "void",
-    *constants.materials,
-    "player",
-    "cow",
-    "zombie",
-    "skeleton",
-    "arrow-left",
-    "arrow-right",
-    "arrow-up",
-    "arrow-down",
-    "plant",
-    "plant-ripe",
-)
+TILES: tuple[str, ...] = game.TILES
 """What a cell of `Observation.view` can hold: a material, or the creature standing on it."""
-VIEW = (9, 7)
+VIEW: tuple[int, int] = game.VIEW
 """Columns and rows of the world that the player sees; the player is in the middle."""
 SIZE = 72
 """Side of the recorded picture in pixels: 8 pixels a tile, 9 × 9 tiles, the lower two rows the inventory."""
 
-_TILE = {name: code for code, name in enumerate(TILES)}
-_ACTION = {name: code for code, name in enumerate(ACTIONS)}
+
+class _Picture:
+    """An attribute given as an array, or as a function that makes the array when it is first looked at."""
+
+    def __get__(self, observation: Any, _: type | None = None) -> np.ndarray:
+        if observation is None:
+            # To dataclasses this says that the field has no default.
+            raise AttributeError("image")
+        image = observation.__dict__["image"]
+        if callable(image):
+            image = observation.__dict__["image"] = image()
+        return image
+
+    def __set__(self, observation: Any, image: Any) -> None:
+        observation.__dict__["image"] = image
 
 
 @dataclass(frozen=True)
 class Observation:
     """What the player sees at one moment; the policy gets this and nothing else."""
 
-    image: np.ndarray
-    """uint8, (SIZE, SIZE, 3)."""
+    image: np.ndarray = _Picture()
+    """uint8, (SIZE, SIZE, 3). Drawn on the first look, from what there was to see at that moment."""
     view: np.ndarray
     """uint8, (7, 9): rows from top to bottom, columns from left to right; index into TILES."""
     vitals: dict[str, int]
@@ -57,6 +64,8 @@ class Observation:
     """Asleep: every action is executed as `sleep` until the player wakes."""
     daylight: float
     """0 (night) to 1 (day); the picture darkens with it."""
+    png: bytes | None = None
+    """The picture as PNG, where the observation comes from a file."""
 
 
 @dataclass(frozen=True)
@@ -76,33 +85,21 @@ class Outcome:
 class World:
     """One episode of Crafter.
 
-    Two things in stock crafter 1.8.3 make an episode irreproducible, and are replaced here: the chunks are
-    sets ordered by memory address (danijar/crafter#31), and the night noise of the picture is drawn from the
-    generator of the game (danijar/crafter#36).
+    It plays as crafter 1.8.3 does but for two things that make an episode of stock irreproducible: the chunks
+    are sets ordered by memory address (danijar/crafter#31), and the night noise of the picture is drawn from
+    the generator of the game (danijar/crafter#36). Here chunks are in order of arrival, and the noise depends on
+    nothing but seed, step and picture size: no look at the world changes it.
     """
 
     def __init__(self, seed: int, max_steps: int = 10_000, size: int = SIZE):
         self.seed, self.max_steps, self.size = seed, max_steps, size
-        self._env = crafter.Env(seed=seed, length=max_steps, size=(size, size))
-        self._env._local_view = _LocalView(self._env._world, self._env._textures, VIEW)
         self.done = True
+        self._game: game.Game | None = None
 
     def reset(self) -> Observation:
         """Start the episode (again)."""
-        env = self._env
-        env._episode = 0
-        engine_reset = env._world.reset
-
-        def reset_ordered(seed=None):
-            engine_reset(seed)
-            env._world._chunks = _Chunks()
-
-        env._world.reset = reset_ordered
-        env._obs = lambda: None
-        try:
-            env.reset()
-        finally:
-            env._world.reset = engine_reset
+        # The seed of the first episode of stock's Env(seed=...).
+        self._game = game.Game(hash((self.seed, 1)) % (2**31 - 1))
         self.done = False
         return self._observe()
 
@@ -111,76 +108,40 @@ class World:
 
         Raises ValueError for an unknown action, RuntimeError when the episode is over.
         """
-        if action not in _ACTION:
+        if action not in ACTIONS:
             raise ValueError(f"unknown action {action!r}; Crafter's are {', '.join(ACTIONS)}")
         if self.done:
             raise RuntimeError("the episode is over: call reset()")
-        env = self._env
-        before = set(env._unlocked)
-        _, reward, done, info = env.step(_ACTION[action])
-        self.done = bool(done)
-        unlocked = tuple(name for name in ACHIEVEMENTS if name in env._unlocked and name not in before)
-        return Outcome(self._observe(), float(reward), unlocked, self.done, info["discount"] == 0)
+        reward, unlocked = self._game.step(action)
+        died = self._game.player.health <= 0
+        self.done = died or bool(self.max_steps and self._game.steps >= self.max_steps)
+        return Outcome(self._observe(), reward, unlocked, self.done, died)
 
     def render(self, size: int = 512) -> np.ndarray:
         """The current picture, uint8 (size, size, 3). Never changes the episode."""
-        self._env._local_view.noise_seed = (self.seed & 0xFFFFFFFF, self._env._step)
-        env = self._env
-        env._size, recorded = np.array((size, size)), env._size
-        try:
-            return np.ascontiguousarray(env.render())
-        finally:
-            env._size = recorded
+        return picture.draw(self._scene(), size)
 
-    def _observe(self) -> Observation:
-        player = self._env._player
-        return Observation(
-            image=self.render(self.size),
-            view=self._view(),
-            vitals={name: int(player.inventory[name]) for name in VITALS},
-            inventory={name: int(player.inventory[name]) for name in ITEMS},
-            facing=(int(player.facing[0]), int(player.facing[1])),
-            position=(int(player.pos[0]), int(player.pos[1])),
-            sleeping=bool(player.sleeping),
-            daylight=float(self._env._world.daylight),
+    def _scene(self) -> picture.Scene:
+        land, player = self._game.land, self._game.player
+        return picture.Scene(
+            materials=land.window(land.materials, player.x, player.y),
+            creatures=land.window(land.tiles, player.x, player.y),
+            player=player.texture,
+            inventory=tuple(player.inventory.values()),
+            sleeping=player.sleeping,
+            daylight=self._game.daylight,
+            noise=(self.seed & 0xFFFFFFFF, self._game.steps),
         )
 
-    def _view(self) -> np.ndarray:
-        world, (px, py) = self._env._world, self._env._player.pos
-        view = np.zeros((VIEW[1], VIEW[0]), np.uint8)
-        for row in range(VIEW[1]):
-            for column in range(VIEW[0]):
-                material, creature = world[px + column - VIEW[0] // 2, py + row - VIEW[1] // 2]
-                if material is None:
-                    continue
-                name = material
-                if isinstance(creature, objects.Player):
-                    name = "player"
-                elif creature is not None:
-                    name = creature.texture
-                view[row, column] = _TILE[name]
-        return view
-
-
-class _LocalView(engine.LocalView):
-    noise_seed: tuple[int, int] = (0, 0)
-
-    def _noise(self, canvas, amount, stddev):
-        noise = np.random.RandomState(self.noise_seed).uniform(32, 127, canvas.shape[:2])[..., None]
-        mask = amount * self._vignette(canvas.shape, stddev)[..., None]
-        return (1 - mask) * canvas + mask * noise
-
-
-class _Chunks(dict):
-    """The chunks of a world, each in the order in which its creatures came."""
-
-    def __missing__(self, key):
-        return self.setdefault(key, _Ordered())
-
-
-class _Ordered(dict):
-    def add(self, item):
-        self[item] = None
-
-    def remove(self, item):
-        del self[item]
+    def _observe(self) -> Observation:
+        player, scene = self._game.player, self._scene()
+        return Observation(
+            image=functools.partial(picture.draw, scene, self.size),
+            view=np.where(scene.creatures, scene.creatures, scene.materials),
+            vitals={name: player.inventory[name] for name in VITALS},
+            inventory={name: player.inventory[name] for name in ITEMS},
+            facing=player.facing,
+            position=(player.x, player.y),
+            sleeping=player.sleeping,
+            daylight=self._game.daylight,
+        )

@@ -1,0 +1,289 @@
+"""A wrong params.yaml is one helpful error before the first step, and a right one means what it says."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from ruamel.yaml import YAML
+
+from apprentice import params
+
+ROOT = Path(__file__).parent.parent
+STAGES = sorted((ROOT / "stages").glob("*.py"))
+TEACHER = {"policy": "random", "seeds": "0-4"}
+REMOVED = object()
+
+
+def changed(folder: Path, **changes) -> Path:
+    """The checkout's params.yaml with some keys changed, each named by its path with __ for the dots."""
+    yaml = YAML(typ="safe")
+    yaml.default_flow_style = False
+    tree = yaml.load(ROOT / "params.yaml")
+    for key, value in changes.items():
+        *sections, last = key.split("__")
+        node = tree
+        for section in sections:
+            node = node[section]
+        if value is REMOVED:
+            del node[last]
+        else:
+            node[last] = value
+    path = folder / "params.yaml"
+    yaml.dump(tree, path)
+    return path
+
+
+def error(folder: Path, **changes) -> str:
+    with pytest.raises(params.ConfigError) as raised:
+        params.load(changed(folder, **changes))
+    return str(raised.value)
+
+
+def stage(file: Path, *arguments: str, folder: Path) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, file, *arguments], cwd=folder, capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("0-3", (0, 1, 2, 3)),
+        ("0-2,7-8", (0, 1, 2, 7, 8)),
+        (" 4 , 1 - 2 ", (4, 1, 2)),
+        ("5-5", (5,)),
+        (7, (7,)),
+        ([3, "0-1", 9], (3, 0, 1, 9)),
+        ((1, 2), (1, 2)),
+        ("2147483647", (2147483647,)),
+    ],
+)
+def test_seeds_are_ranges_numbers_or_lists_in_the_order_written(written, meant):
+    assert params.seeds(written) == meant
+
+
+@pytest.mark.parametrize(
+    ("written", "said"),
+    [
+        ("9-5", "write 5-9"),
+        ("0-5,3", "seed 3 is named twice"),
+        ([1, 2, 1], "seed 1 is named twice"),
+        ("many", "'many' is not a seed or a range; write for example"),
+        ("1,,2", "not a seed or a range"),
+        ("1.5", "'1.5' is not a seed or a range"),
+        ("", "write for example"),
+        ("-3", "'-3' is not a seed or a range"),
+        (-3, "'-3' is not a seed or a range"),
+        ("2147483648", "too large"),
+        ("0-99999999", "more than ten million"),
+        (True, "True is not a seed; write a number"),
+        ([0, False], "False is not a seed"),
+        (1.5, "1.5 is not a seed; write a number"),
+        (None, "None is not a seed"),
+        ({}, "{} is not a seed"),
+        ([], "no seeds; write for example"),
+    ],
+)
+def test_what_is_no_seed_is_refused_with_what_to_write_instead(written, said):
+    with pytest.raises(ValueError) as raised:
+        params.seeds(written)
+    assert said in str(raised.value)
+
+
+def test_a_seed_named_twice_is_found_at_once_in_a_long_range():
+    began = time.process_time()
+    with pytest.raises(ValueError, match="seed 29999 is named twice"):
+        params.seeds("0-29999,29999")
+    assert time.process_time() - began < 1
+
+
+def test_the_checkouts_own_parameters_are_valid():
+    settings = params.load(ROOT / "params.yaml")
+    assert settings.student is settings.profiles[settings.profile]
+    assert set(settings.profiles) >= {"tiny", "qwen2b"}
+
+
+@pytest.mark.parametrize("profile", ["tiny", "qwen2b"])
+def test_every_profile_is_one_line_away(tmp_path, profile):
+    assert params.load(changed(tmp_path, profile=profile)).profile == profile
+
+
+def test_parameters_cannot_be_changed_once_read():
+    with pytest.raises(ValueError, match="frozen"):
+        params.load(ROOT / "params.yaml").filter.min_steps_per_episode = 0
+
+
+def test_1e_5_without_a_point_is_a_number(tmp_path):
+    """YAML 1.1 reads it as text."""
+    path = changed(tmp_path, profiles__tiny__rl__learning_rate="LEARNING_RATE")
+    path.write_text(path.read_text().replace("LEARNING_RATE", "1e-5"))
+    assert "learning_rate: 1e-5" in path.read_text()
+    assert params.load(path).student.rl.learning_rate == 1e-5
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"filters": {}}, ["filters: unknown key", "known there", "benchmark"]),
+        ({"teachers__expert__explor": 0.1}, ["teachers.expert.explor: unknown key", "known there", "explore"]),
+        ({"profiles__tiny__sft__lora__rang": 8}, ["profiles.tiny.sft.lora.rang: unknown key", "rank"]),
+        ({"profiles__tiny__prompt__modus": "text"}, ["profiles.tiny.prompt.modus: unknown key", "mode"]),
+        ({"teachers__expert__max_steps": "many"}, ["teachers.expert.max_steps", "integer", "'many'"]),
+        ({"teachers__expert__max_steps": 0}, ["teachers.expert.max_steps", "greater than or equal to 1"]),
+        ({"teachers__expert__max_steps": 10_001}, ["teachers.expert.max_steps", "10000"]),
+        ({"teachers__expert__explore": 1.5}, ["teachers.expert.explore", "less than or equal to 1"]),
+        ({"teachers__expert__policy": "gpt"}, ["teachers.expert.policy", "'expert', 'random' or 'noop'", "'gpt'"]),
+        ({"teachers__expert": None}, ["teachers.expert", "None"]),
+        ({"teachers": {}}, ["teachers", "at least 1"]),
+        ({"filter__detect_loops": True}, ["filter.detect_loops", "'off', 'decision' or 'episode'"]),
+        ({"split__val_fraction": 1}, ["split.val_fraction", "less than 1"]),
+        ({"benchmark__agents": ["rl", "rll"]}, ["benchmark.agents.1", "'rll'"]),
+        ({"profiles__tiny__rl__learning_rate": float("nan")}, ["profiles.tiny.rl.learning_rate", "greater than 0"]),
+        ({"benchmark": REMOVED}, ["benchmark: is required"]),
+        ({"profiles__tiny__rl__seeds": REMOVED}, ["profiles.tiny.rl.seeds: is required"]),
+        ({"teachers__expert__seeds": REMOVED}, ["teachers.expert.seeds: is required"]),
+        ({"teachers__expert__seeds": "5-1"}, ["teachers.expert.seeds", "write 1-5"]),
+        ({"benchmark__seeds": ""}, ["benchmark.seeds", "write for example"]),
+        ({"profile": "huge"}, ["profile: 'huge' is not defined", "tiny", "qwen2b"]),
+        ({"teachers__expert__seeds": "0,200063"}, ["teachers.expert.seeds and benchmark.seeds", "200063", "own range"]),
+        (
+            {"teachers__expert__seeds": "0,300000"},
+            ["teachers.expert.seeds and profiles.tiny.rl.seeds", "300000", "own range"],
+        ),
+        (
+            {"profiles__tiny__rl__seeds": "200005"},
+            ["profiles.tiny.rl.seeds and benchmark.seeds", "200005", "own range"],
+        ),
+        (
+            {"profiles__tiny__student__pretraining__seeds": "200000-200009"},
+            ["profiles.tiny.student.pretraining.seeds and benchmark.seeds", "10 seeds", "own range"],
+        ),
+        (
+            {"filter__min_steps_per_episode": 30, "filter__max_steps_per_episode": 29},
+            ["filter: max_steps_per_episode (29) is below min_steps_per_episode (30)", "raise it or set it to null"],
+        ),
+        (
+            {"profiles__tiny__rl__batch_size": 64, "profiles__tiny__rl__decisions": 200},
+            ["profiles.tiny.rl: decisions (200) is not a multiple of batch_size (64)", "write 192"],
+        ),
+        (
+            {"profiles__tiny__rl__batch_size": 64, "profiles__tiny__rl__decisions": 20},
+            ["profiles.tiny.rl: decisions (20)", "write 64"],
+        ),
+        (
+            {"split__include_images": False, "profiles__tiny__prompt__mode": "image"},
+            ["split.include_images", "profiles.tiny.prompt.mode is 'image'", "set mode to text, or include_images"],
+        ),
+        (
+            {"split__include_images": False, "profiles__tiny__prompt__mode": "text+image"},
+            ["split.include_images", "profiles.tiny.prompt.mode is 'text+image'"],
+        ),
+    ],
+    ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
+)
+def test_an_error_names_the_key_and_the_remedy(tmp_path, changes, said):
+    message = error(tmp_path, **changes)
+    for part in said:
+        assert part in message
+    assert len(message.splitlines()) == 1
+
+
+def test_all_errors_are_told_at_once(tmp_path):
+    message = error(tmp_path, filter__min_unique_states=-1, benchmark__max_steps=0)
+    assert "filter.min_unique_states" in message
+    assert "benchmark.max_steps" in message
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("teachers__expert__max_steps", "200"),
+        ("teachers__expert__max_steps", True),
+        ("teachers__expert__explore", "0.1"),
+        ("split__shuffle", "yes"),
+        ("split__shuffle", 1),
+    ],
+)
+def test_a_value_of_another_type_is_not_converted(tmp_path, key, value):
+    assert key.replace("__", ".") in error(tmp_path, **{key: value})
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_numbers_are_finite(tmp_path, value):
+    assert "reward.unlock" in error(tmp_path, profiles__tiny__rl__reward={"unlock": value})
+
+
+@pytest.mark.parametrize(
+    ("profile", "key", "value"),
+    [
+        ("tiny", "pretraining__steps", 0),
+        ("tiny", "colour", "red"),
+        ("tiny", "pretraining__stepz", 3),
+        ("qwen2b", "revision", "main"),
+    ],
+)
+def test_an_error_in_the_student_speaks_of_that_key_alone(tmp_path, profile, key, value):
+    message = error(tmp_path, **{f"profiles__{profile}__student__{key}": value})
+    assert f"profiles.{profile}.student.{key.replace('__', '.')}:" in message
+    assert len(message.splitlines()) == 1, message
+
+
+def test_the_key_in_an_error_is_a_key_of_the_file(tmp_path):
+    for line in error(tmp_path, profiles__tiny__sft__lora={"target_modules": 5}).splitlines():
+        assert "profiles.tiny.sft.lora.target_modules: " in line
+
+
+def test_teachers_may_share_seeds(tmp_path):
+    path = changed(tmp_path, teachers={"one": TEACHER, "two": TEACHER | {"explore": 0.5}})
+    assert set(params.load(path).teachers) == {"one", "two"}
+
+
+def test_a_profile_not_in_use_may_overlap(tmp_path):
+    params.load(changed(tmp_path, profiles__qwen2b__rl__seeds="0-9"))
+
+
+def test_a_student_that_reads_words_needs_no_images(tmp_path):
+    path = changed(tmp_path, split__include_images=False, profiles__tiny__prompt__mode="text")
+    assert params.load(path).split.include_images is False
+
+
+@pytest.mark.parametrize("written", ["", "- 1\n", "profile: [", "profile: tiny\nprofile: tiny\n", "a: \t- b"])
+def test_what_is_no_mapping_in_yaml_is_a_configuration_error(tmp_path, written):
+    path = tmp_path / "params.yaml"
+    path.write_text(written)
+    with pytest.raises(params.ConfigError, match=r"params\.yaml"):
+        params.load(path)
+
+
+def test_without_a_file_the_error_says_where_to_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(params.ConfigError, match="run from the top of the checkout") as raised:
+        params.load()
+    assert str(tmp_path) in str(raised.value)
+
+
+@pytest.mark.parametrize("file", STAGES, ids=lambda file: file.stem)
+def test_a_stage_ends_with_code_2_before_it_touches_anything(tmp_path, file):
+    changed(tmp_path, filter__max_step=3)
+    arguments = ["expert"] if file.stem == "collect" else []
+    ended = stage(file, *arguments, folder=tmp_path)
+    assert ended.returncode == 2, ended.stderr
+    assert "filter.max_step: unknown key" in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["params.yaml"]
+
+
+def test_an_unknown_teacher_is_told_who_there_is(tmp_path):
+    changed(tmp_path)
+    ended = stage(ROOT / "stages/collect.py", "nobody", folder=tmp_path)
+    assert ended.returncode == 2, ended.stderr
+    assert "teachers has no 'nobody'; known there: expert" in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert not (tmp_path / "data").exists()
+
+
+def test_reading_parameters_loads_nothing_heavy():
+    code = "import sys, apprentice.params; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert "apprentice.params" in loaded
+    assert not {"torch", "crafter", "transformers", "torchvision", "numba", "datasets"} & set(loaded)

@@ -1,0 +1,214 @@
+"""The tiny student is a real Qwen3-VL, and what it is trained on is what it is asked."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import SHOWN
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from apprentice import local, pretraining, prompt, student
+from apprentice.conversation import batch, encode, pictures, row
+from apprentice.params import Architecture, Pretraining, Prompt
+from apprentice.play import play
+from apprentice.policy import Scripted
+from apprentice.world import ACTIONS, World
+
+
+@pytest.fixture(scope="module")
+def episode():
+    return play(Scripted("random"), [3], 60, SHOWN)[0]
+
+
+def test_the_tiny_student_is_what_the_auto_classes_load(tiny, tiny_folder):
+    model = AutoModelForImageTextToText.from_pretrained(tiny_folder)
+    processor = AutoProcessor.from_pretrained(tiny_folder)
+    assert type(model).__name__ == "Qwen3VLForConditionalGeneration"
+    assert model.num_parameters() < 1_100_000
+    image = World(1).reset().image
+    mine = tiny[1].image_processor(images=[image], return_tensors="pt")
+    theirs = processor.image_processor(images=[image], return_tensors="pt")
+    for name in ("pixel_values", "image_grid_thw"):
+        torch.testing.assert_close(mine[name], theirs[name])
+
+
+def test_the_same_seed_builds_the_same_student(tiny):
+    again, _ = student.build(Architecture(initializer_range=0.3), tiny[1].tokenizer, 0)
+    other, _ = student.build(Architecture(initializer_range=0.3), tiny[1].tokenizer, 1)
+    same = [torch.equal(a, b) for a, b in zip(tiny[0].state_dict().values(), again.state_dict().values(), strict=True)]
+    assert all(same)
+    assert not torch.equal(tiny[0].lm_head.weight, other.lm_head.weight)
+
+
+def test_a_decision_is_short_and_has_one_visual_token_a_tile(tiny, episode):
+    for step in episode.steps:
+        encoded = encode(tiny[1], row(episode, step, SHOWN)["messages"])
+        assert encoded.prompt_ids.count(tiny[1].image_token_id) == 81
+        assert len(encoded.prompt_ids) + len(encoded.answer_ids) <= 200
+        assert len(encoded.answer_ids) <= 8
+
+
+@pytest.mark.parametrize("settings", [SHOWN, Prompt(mode="text+image", max_actions=5, history=3, position=True)])
+def test_token_ids_and_pixels_are_those_of_the_processor_itself(tiny, episode, settings):
+    processor = tiny[1]
+    for step in episode.steps[:20]:
+        messages = row(episode, step, settings)["messages"]
+        mine = encode(processor, messages)
+        images = [Image.fromarray(image) for image in pictures(messages)]
+        for part in messages[1]["content"]:
+            if part["type"] == "image_url":
+                part["type"] = "image"
+                part["image"] = images[0]
+                del part["image_url"]
+        theirs = processor.apply_chat_template(
+            messages, tools=prompt.TOOLS, tokenize=True, return_dict=True, return_tensors="pt"
+        )
+        # The template closes the answer with a line break, which the model neither says nor learns.
+        closing = processor.tokenizer("\n", add_special_tokens=False)["input_ids"]
+        assert mine.prompt_ids + mine.answer_ids + closing == theirs["input_ids"][0].tolist()
+        torch.testing.assert_close(mine.pixel_values, theirs["pixel_values"])
+
+
+def test_training_rows_begin_with_exactly_what_play_shows(tiny, episode):
+    for step in episode.steps:
+        trained = encode(tiny[1], row(episode, step, SHOWN)["messages"])
+        shown = prompt.messages(step.observation, SHOWN, step.history, inline=False)
+        asked = encode(tiny[1], shown, [prompt.picture(step.observation, SHOWN)])
+        assert trained.prompt_ids == asked.prompt_ids
+        torch.testing.assert_close(trained.pixel_values, asked.pixel_values)
+
+
+def test_what_a_row_teaches_is_what_parse_reads(tiny, episode):
+    for step in episode.steps:
+        encoded = encode(tiny[1], row(episode, step, SHOWN)["messages"])
+        text = tiny[1].tokenizer.decode(encoded.answer_ids[:-1])
+        assert prompt.parse({"content": text}).actions == step.asked
+        assert encoded.answer_ids[-1] == tiny[1].tokenizer.eos_token_id
+
+
+def test_the_loss_is_on_the_answers_only(tiny, episode):
+    rows = [encode(tiny[1], row(episode, step, SHOWN)["messages"]) for step in episode.steps[:8]]
+    inputs = batch(tiny[1], rows)
+    for labels, encoded in zip(inputs["labels"], rows, strict=True):
+        assert labels[labels != -100].tolist() == encoded.answer_ids
+
+
+def _prompts(processor, episode, count):
+    return [
+        encode(
+            processor, prompt.messages(step.observation, SHOWN, step.history, inline=False), [step.observation.image]
+        )
+        for step in episode.steps[:count]
+    ]
+
+
+def test_greedy_answers_are_those_of_transformers_generate(tiny, episode):
+    model, processor = tiny
+    for encoded in _prompts(processor, episode, 6):
+        inputs = batch(processor, [encoded])
+        del inputs["labels"]
+        theirs = model.generate(
+            **inputs, max_new_tokens=8, do_sample=False, suppress_tokens=local.vision_tokens(processor)
+        )[0, len(encoded.prompt_ids) :].tolist()
+        (mine, _), *_ = local.generate(model, processor, [encoded], np.zeros((1, 8)), 0.0)
+        assert mine == theirs
+
+
+def test_an_answer_does_not_depend_on_who_else_is_asked(tiny, episode):
+    model, processor = tiny
+    rows = _prompts(processor, episode, 6)
+    draws = np.random.default_rng(0).random((6, 6))
+    together = local.generate(model, processor, rows, draws, 1.0)
+    for encoded, draw, (ids, logprobs) in zip(rows, draws, together, strict=True):
+        (alone, alone_logprobs), *_ = local.generate(model, processor, [encoded], draw[None], 1.0)
+        assert alone == ids
+        np.testing.assert_allclose(alone_logprobs, logprobs, atol=1e-4)
+
+
+def test_logprobs_are_those_of_a_forward_pass_and_no_vision_token_is_sampled(tiny, episode):
+    model, processor = tiny
+    encoded = _prompts(processor, episode, 1)[0]
+    draws = np.random.default_rng(1).random((200, 1))
+    answers = local.generate(model, processor, [encoded] * 200, draws, 1.0)
+    inputs = batch(processor, [encoded])
+    del inputs["labels"]
+    logits = model(**inputs).logits[0, -1].detach().double()
+    logits[local.vision_tokens(processor)] = -torch.inf
+    expected = logits.log_softmax(-1)
+    for (token,), (logprob,) in answers:
+        assert token not in local.vision_tokens(processor)
+        assert logprob == pytest.approx(expected[token].item(), abs=1e-4)
+
+
+def test_sampling_follows_the_probabilities(tiny, episode):
+    model, processor = tiny
+    encoded = _prompts(processor, episode, 1)[0]
+    draws = (np.arange(400)[:, None] + 0.5) / 400
+    tokens = [ids[0] for ids, _ in local.generate(model, processor, [encoded] * 400, draws, 1.0)]
+    inputs = batch(processor, [encoded])
+    del inputs["labels"]
+    logits = model(**inputs).logits[0, -1].detach()
+    logits[local.vision_tokens(processor)] = -torch.inf
+    likeliest = logits.argmax().item()
+    assert tokens.count(likeliest) / 400 == pytest.approx(logits.softmax(-1)[likeliest].item(), abs=0.01)
+
+
+def test_a_student_plays_and_its_replies_are_recorded_whatever_they_are(tiny):
+    model, processor = tiny
+    policy = local.Local("base", model, processor, 1.0, 8)
+    episodes = play(policy, [1, 2, 1], 5, SHOWN)
+    for episode in episodes:
+        assert episode.length == 5
+        for step in episode.steps:
+            assert step.executed == (step.asked or ("noop",))
+            assert bool(step.invalid) == (not step.asked)
+    replies = [[step.reply.message["content"] for step in episode.steps] for episode in episodes]
+    assert replies[0] != replies[2]  # the same world, other draws
+    again = play(local.Local("base", model, processor, 1.0, 8), [1, 2, 1], 5, SHOWN)
+    assert [[step.reply.message["content"] for step in episode.steps] for episode in again] == replies
+
+
+def test_waiting_episodes_are_answered_together(tiny, monkeypatch):
+    model, processor = tiny
+    sizes = []
+    generate = local.generate
+
+    def counted(model, processor, rows, draws, temperature):
+        sizes.append(len(rows))
+        return generate(model, processor, rows, draws, temperature)
+
+    monkeypatch.setattr(local, "generate", counted)
+    play(local.Local("base", model, processor, 1.0, 2), [1, 2, 3, 4], 3, SHOWN)
+    assert sizes == [4, 4, 4]
+
+
+def test_a_merged_adapter_answers_as_the_adapter_does(tiny_folder, episode):
+    from peft import LoraConfig, get_peft_model
+
+    from apprentice.grpo import merge
+
+    model, processor = student.load(tiny_folder)
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)).eval()
+    actor, _ = student.load(tiny_folder)
+    merge(adapted, actor)
+    inputs = batch(processor, _prompts(processor, episode, 3))
+    del inputs["labels"]
+    with torch.no_grad():
+        torch.testing.assert_close(actor(**inputs).logits, adapted(**inputs).logits, atol=1e-3, rtol=1e-3)
+        assert not torch.allclose(actor(**inputs).logits, student.load(tiny_folder)[0](**inputs).logits, atol=1e-2)
+
+
+def test_a_few_steps_of_pretraining_teach_the_student_to_see():
+    worlds = dict(pretraining.frames(seed, 20) for seed in range(100_000, 100_008))
+    held_out, seen = worlds.pop(100_000), [frame for world in worlds.values() for frame in world]
+    tokens = student.tokenizer(*pretraining.vocabulary(SHOWN, seen), 512)
+    model, processor = student.build(Architecture(), tokens, 0)
+    before = pretraining.sight(model, processor, SHOWN, held_out)
+    options = Pretraining(seeds="0", steps=40, batch_size=16)
+    pretraining.pretrain(model, processor, SHOWN, seen, options, seed=0)
+    after = pretraining.sight(model, processor, SHOWN, held_out)
+    assert after["inventory"] > 0.9 > before["inventory"]
+    assert after["tiles"] > 0.6 > before["tiles"]
+    assert set(ACTIONS)  # every action is a word of the tokenizer
+    for action in ACTIONS:
+        assert len(processor.tokenizer(f" {action}")["input_ids"]) <= 2
