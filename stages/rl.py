@@ -28,7 +28,7 @@ def main() -> None:
     from apprentice.grpo import Trainer
     from apprentice.ledger import cache, digest, fingerprint
 
-    training.use_all_cores()
+    student.use_all_cores()
     model, processor = student.load("models/base", "models/sft", profile.dtype, trainable=True)
     actor, _ = student.load("models/base", dtype=profile.dtype)
     shaping = {name: section.model_dump(mode="json") for name, section in (("rl", rl), ("prompt", profile.prompt))}

@@ -28,7 +28,7 @@ def main() -> None:
     from apprentice import student, training
     from apprentice.ledger import cache, digest, fingerprint
 
-    training.use_all_cores()
+    student.use_all_cores()
     data = {name: Path(f"data/sft/{name}.jsonl") for name in ("train", "val")}
     model, processor = student.load("models/base", dtype=settings.student.dtype)
     rows = {name: training.Rows(file, processor, sft.max_length) for name, file in data.items()}

@@ -42,7 +42,7 @@ def tiny(settings: params.Params) -> dict:
 
     from apprentice import pretraining
     from apprentice.processes import in_processes
-    from apprentice.student import build, tokenizer
+    from apprentice.student import build, tokenizer, use_all_cores
 
     student, shown_with = settings.student.student, settings.student.prompt
     options = student.pretraining
@@ -52,6 +52,7 @@ def tiny(settings: params.Params) -> dict:
     held_out = [frame for seed in options.seeds[:4] for frame in worlds[seed]]
     seen = [frame for seed in options.seeds[4:] for frame in worlds[seed]]
 
+    use_all_cores()
     tokens = tokenizer(*pretraining.vocabulary(shown_with, seen[:1000]), student.architecture.vocabulary)
     model, processor = build(student.architecture, tokens, student.random_seed)
     with tqdm(total=options.steps, desc="pretrain", unit="step", mininterval=1) as bar:

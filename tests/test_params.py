@@ -264,11 +264,11 @@ def test_without_a_file_the_error_says_where_to_run(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("file", STAGES, ids=lambda file: file.stem)
 def test_a_stage_ends_with_code_2_before_it_touches_anything(tmp_path, file):
-    changed(tmp_path, filter__max_step=3)
+    changed(tmp_path, benchmark__seeds="9-5")
     arguments = ["expert"] if file.stem == "collect" else []
     ended = stage(file, *arguments, folder=tmp_path)
     assert ended.returncode == 2, ended.stderr
-    assert "filter.max_step: unknown key" in ended.stderr
+    assert "params.yaml: benchmark.seeds: the range 9-5 runs backwards" in ended.stderr
     assert "Traceback" not in ended.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["params.yaml"]
 

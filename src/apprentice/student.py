@@ -20,6 +20,7 @@ from transformers import (
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from apprentice.params import Architecture
+from apprentice.processes import cores
 from apprentice.world import SIZE
 
 TEMPLATE = (Path(trl.__file__).parent / "chat_templates" / "qwen3_vl_training.jinja").read_text()
@@ -142,3 +143,8 @@ def load(folder: Path | str, adapter: Path | str | None = None, dtype: str = "fl
     if adapter:
         model = PeftModel.from_pretrained(model, adapter, is_trainable=trainable)
     return model.eval(), processor
+
+
+def use_all_cores() -> None:
+    """Let torch compute on every core that this process may use; its own default is not always that."""
+    torch.set_num_threads(cores())

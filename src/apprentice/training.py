@@ -12,7 +12,6 @@ from transformers.trainer_utils import get_last_checkpoint
 from apprentice.conversation import batch, encode
 from apprentice.dataset import Jsonl
 from apprentice.params import Lora
-from apprentice.processes import cores
 
 
 class Rows:
@@ -51,11 +50,6 @@ def lora_config(lora: Lora) -> LoraConfig:
         target_modules=targets if isinstance(targets, str) else list(targets),
         task_type="CAUSAL_LM",
     )
-
-
-def use_all_cores() -> None:
-    """torch's own default is slower than one core on some machines with few."""
-    torch.set_num_threads(cores())
 
 
 def last_checkpoint(folder: Path) -> str | None:
