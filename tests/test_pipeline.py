@@ -1,0 +1,239 @@
+"""The whole pipeline, small: it runs end to end, says what it did, and survives being killed anywhere."""
+
+import json
+import os
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from closure import ROOT
+from ruamel.yaml import YAML
+
+yaml = YAML(typ="safe")
+TRAINING = ("sft", "rl")
+SMALL = {
+    "teachers.expert.seeds": "0-5",
+    "teachers.expert.max_steps": 60,
+    "benchmark.seeds": "200000-200003",
+    "benchmark.max_steps": 10,
+    "benchmark.bootstrap_samples": 100,
+    "profiles.tiny.sampling.batch_size": 2,
+    "profiles.tiny.student.pretraining.seeds": "100000-100007",
+    "profiles.tiny.student.pretraining.frames_per_seed": 10,
+    "profiles.tiny.student.pretraining.steps": 10,
+    "profiles.tiny.student.pretraining.batch_size": 8,
+    "profiles.tiny.sft.batch_size": 8,
+    "profiles.tiny.sft.epochs": 0.5,
+    "profiles.tiny.sft.eval_steps": 5,
+    "profiles.tiny.rl.iterations": 3,
+    "profiles.tiny.rl.groups": 2,
+    "profiles.tiny.rl.group_size": 2,
+    "profiles.tiny.rl.max_steps": 6,
+    "profiles.tiny.rl.decisions": 16,
+    "profiles.tiny.rl.batch_size": 8,
+}
+
+
+def checkout(top: Path, changes: dict) -> Path:
+    """A copy of this checkout with other parameters."""
+    top.mkdir()
+    files = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.splitlines()
+    for name in files:
+        if (ROOT / name).is_file() and not name.startswith(("metrics/", "dvc.lock")):
+            (top / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, top / name)
+    tree = yaml.load((top / "params.yaml").read_text())
+    for path, value in changes.items():
+        *parents, key = path.split(".")
+        node = tree
+        for parent in parents:
+            node = node[parent]
+        node[key] = value
+    with (top / "params.yaml").open("w") as file:
+        yaml.dump(tree, file)
+    subprocess.run(["git", "init", "--quiet", top], check=True)
+    return top
+
+
+def environment(cache: Path) -> dict[str, str]:
+    folder = str(Path(sys.executable).parent)
+    return {**os.environ, "APPRENTICE_CACHE": str(cache), "PATH": folder + os.pathsep + os.environ["PATH"]}
+
+
+def stage(top: Path, cache: Path, *command: str) -> str:
+    done = subprocess.run(
+        [sys.executable, *command], cwd=top, env=environment(cache), capture_output=True, text=True, timeout=900
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def started(top: Path, cache: Path, *command: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, *command],
+        cwd=top,
+        env=environment(cache),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+
+
+def wait_for(condition, process: subprocess.Popen, seconds: float = 300) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.stdout.read().decode()[-3000:]
+        assert time.monotonic() < end, "it did not come"
+        time.sleep(0.02)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory) -> Path:
+    """A checkout in which `dvc repro` has run from nothing."""
+    folder = tmp_path_factory.mktemp("ran")
+    top = checkout(folder / "checkout", SMALL)
+    stage(top, folder / "cache", "-m", "dvc", "repro")
+    return top
+
+
+def test_the_benchmark_says_how_every_agent_plays(ran):
+    scores = json.loads((ran / "metrics/benchmark.json").read_text())
+    assert list(scores) == ["random", "noop", "expert", "base", "sft", "rl"]
+    for row in scores.values():
+        assert row["episodes"] == 4 and row["steps_mean"] == 10
+        assert 0 <= row["achievement_rate_ci95"][0] <= row["achievement_rate"] <= row["achievement_rate_ci95"][1] <= 1
+        assert len(row["achievements"]) == 22
+        assert {"crafter_score", "reward", "invalid_rate"} <= row.keys()
+    assert scores["noop"]["achievement_rate"] == 0 < scores["expert"]["achievement_rate"]
+    assert "rl - sft" in json.loads((ran / "metrics/differences.json").read_text())
+
+
+def test_rows_are_openai_chats_split_by_seed(ran):
+    sides = [[json.loads(line) for line in (ran / f"data/sft/{side}.jsonl").open()] for side in ("train", "val")]
+    for row in [*sides[0], *sides[1]]:
+        system, user, assistant = row["messages"]
+        assert (system["role"], user["role"], assistant["role"]) == ("system", "user", "assistant")
+        assert user["content"][0]["image_url"]["url"].startswith("data:image/png;base64,")
+        assert json.loads(assistant["tool_calls"][0]["function"]["arguments"])["actions"]
+        assert row["metadata"]["has_image"] and row["tools"][0]["function"]["name"] == "act"
+    train, val = ({row["metadata"]["seed"] for row in side} for side in sides)
+    assert train and val and not train & val
+
+
+def test_adapters_are_peft_folders_without_checkpoints(ran):
+    for name in TRAINING:
+        files = {file.name for file in (ran / "models" / name).iterdir()}
+        assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json"} <= files
+        assert not any(file.startswith("checkpoint") for file in files)
+    assert (ran / "models/sft/adapter_model.safetensors").read_bytes() != (
+        ran / "models/rl/adapter_model.safetensors"
+    ).read_bytes()
+
+
+def test_curves_are_there_to_plot(ran):
+    for name, columns in (("sft_train", "step,loss"), ("sft_val", "step,loss"), ("rl", "step,reward,achievements")):
+        lines = (ran / f"metrics/plots/{name}.csv").read_text().splitlines()
+        assert lines[0].startswith(columns) and len(lines) > 1, name
+    assert len((ran / "metrics/plots/rl.csv").read_text().splitlines()) == 1 + SMALL["profiles.tiny.rl.iterations"]
+
+
+def test_nothing_runs_again(ran):
+    assert "Running stage" not in stage(ran, ran.parent / "cache", "-m", "dvc", "repro")
+
+
+def test_another_clone_gives_the_same_bytes(ran, tmp_path):
+    agents = ["random", "expert"]
+    top = checkout(tmp_path / "other", SMALL | {"benchmark.agents": agents})
+    for command in (["collect", "expert"], ["filter"], ["split"], ["benchmark"]):
+        stage(top, tmp_path / "cache", f"stages/{command[0]}.py", *command[1:])
+    files = ["data/traces/expert.parquet", "data/filtered.parquet", "data/sft/train.jsonl", "data/sft/val.jsonl"]
+    for name in [*files, "metrics/filter.json", *(f"data/benchmark/{agent}.parquet" for agent in agents)]:
+        assert (top / name).read_bytes() == (ran / name).read_bytes(), name
+
+
+def test_a_killed_collect_goes_on_where_it_was(tmp_path):
+    changes = SMALL | {"teachers.expert.seeds": "0-39", "teachers.expert.max_steps": 100}
+    top, cache = checkout(tmp_path / "killed", changes), tmp_path / "cache"
+    process = started(top, cache, "stages/collect.py", "expert")
+    wait_for(lambda: _recorded(cache) >= 8, process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    done = _recorded(cache)
+    assert 8 <= done < 40 and not (top / "data/traces/expert.parquet").exists()
+    stage(top, cache, "stages/collect.py", "expert")
+    undisturbed = checkout(tmp_path / "undisturbed", changes)
+    stage(undisturbed, tmp_path / "other-cache", "stages/collect.py", "expert")
+    name = "data/traces/expert.parquet"
+    assert (top / name).read_bytes() == (undisturbed / name).read_bytes()
+
+
+def _recorded(cache: Path) -> int:
+    count = 0
+    for file in cache.glob("episodes/*.sqlite"):
+        try:
+            with sqlite3.connect(f"file:{file}?mode=ro", uri=True) as db:
+                count += db.execute("SELECT count(*) FROM episodes").fetchone()[0]
+        except sqlite3.OperationalError:
+            pass  # just being made
+    return count
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_killed_training_ends_in_the_same_adapter(ran, tmp_path, name):
+    top, cache = checkout(tmp_path / "killed", SMALL), tmp_path / "cache"
+    for folder in ("data", "models"):
+        shutil.copytree(ran / folder, top / folder)
+    shutil.rmtree(top / "models" / name)
+    process = started(top, cache, f"stages/{name}.py")
+    wait_for(lambda: list(cache.glob(f"{name}/*/checkpoint-*/trainer_state.json")), process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (top / "models" / name).exists()
+    stage(top, cache, f"stages/{name}.py")
+    weights = f"models/{name}/adapter_model.safetensors"
+    assert (top / weights).read_bytes() == (ran / weights).read_bytes()
+
+
+def test_ctrl_c_exits_130_and_locks_nothing(tmp_path):
+    top, cache = checkout(tmp_path / "top", SMALL | {"teachers.expert.seeds": "0-999"}), tmp_path / "cache"
+    process = started(top, cache, "stages/collect.py", "expert")
+    wait_for(lambda: _recorded(cache) >= 2, process)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(60) == 130
+    process = started(top, cache, "-m", "dvc", "repro", "collect@expert")
+    before = _recorded(cache)
+    wait_for(lambda: _recorded(cache) > before, process)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(60) != 0
+    assert not (top / "dvc.lock").exists()
+
+
+def test_filters_that_leave_nothing_say_which_and_what_would_help(ran):
+    changed = yaml.load((ran / "params.yaml").read_text())
+    original = (ran / "params.yaml").read_bytes()
+    changed["filter"]["min_achievements_per_episode"] = 22
+    with (ran / "params.yaml").open("w") as file:
+        yaml.dump(changed, file)
+    try:
+        done = subprocess.run(
+            [sys.executable, "stages/filter.py"],
+            cwd=ran,
+            env=environment(ran / "cache"),
+            capture_output=True,
+            text=True,
+        )
+    finally:
+        (ran / "params.yaml").write_bytes(original)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "min_achievements_per_episode" in done.stderr and "set filter." in done.stderr
