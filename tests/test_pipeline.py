@@ -36,6 +36,7 @@ SMALL = {
     "profiles.tiny.rl.max_steps": 6,
     "profiles.tiny.rl.decisions": 16,
     "profiles.tiny.rl.batch_size": 8,
+    "profiles.tiny.rl.reward": {"invalid": -1.0},  # so that even this student has something to learn
 }
 
 

@@ -352,7 +352,7 @@ def test_the_remedy_for_too_few_states_keeps_some(free):
 def test_the_remedy_for_invalid_replies_keeps_some():
     half = played(["noop", INVALID, "noop", INVALID])
     message = nothing([half], require_valid_tool_calls="episode")
-    assert "2 invalid replies" in message
+    assert "2 valid replies" in message
     assert "set filter.require_valid_tool_calls to decision" in message
     assert filtered([half], require_valid_tool_calls="decision")[0]
 

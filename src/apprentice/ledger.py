@@ -49,7 +49,6 @@ class Ledger:
         folder = cache() / "episodes"
         folder.mkdir(parents=True, exist_ok=True)
         self._db = sqlite3.connect(folder / f"{fingerprint}.sqlite", timeout=60, isolation_level=None)
-        self._db.execute("PRAGMA journal_mode=WAL")
         self._db.execute("CREATE TABLE IF NOT EXISTS episodes (key TEXT PRIMARY KEY, data BLOB NOT NULL)")
 
     def __enter__(self) -> "Ledger":

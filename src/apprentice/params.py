@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -10,11 +11,13 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    Tag,
     ValidationError,
     model_validator,
 )
@@ -32,7 +35,9 @@ class ConfigError(Exception):
 class Section(BaseModel):
     """Frozen; unknown keys are errors, and so is a text where a number belongs."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 def seeds(value: Any) -> tuple[int, ...]:
@@ -59,7 +64,7 @@ def seeds(value: Any) -> tuple[int, ...]:
     if not found:
         raise ValueError('no seeds; write for example "0-99"')
     if len(set(found)) < len(found):
-        twice = next(seed for seed in found if found.count(seed) > 1)
+        twice = next(seed for seed, number in Counter(found).items() if number > 1)
         raise ValueError(f"seed {twice} is named twice")
     return tuple(found)
 
@@ -174,7 +179,7 @@ class Lora(Section):
     rank: PositiveInt = 16
     alpha: PositiveInt = 32
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    target_modules: str | tuple[str, ...] = "all-linear"
+    target_modules: str | Annotated[tuple[str, ...], Field(strict=False)] = "all-linear"
 
 
 class Sft(Section):
@@ -254,12 +259,20 @@ class Sampling(Section):
     """Episodes that are played together; part of the result, since it changes rounding."""
 
 
+def _kind_of_student(value: Any) -> str:
+    model = value.get("model") if isinstance(value, dict) else getattr(value, "model", None)
+    return "TinyStudent" if model == "tiny" else "HubStudent"
+
+
 class Profile(Section):
     dtype: Literal["float32", "bfloat16"]
     """Of the student's weights, in training and in play."""
     prompt: Prompt
     sampling: Sampling = Sampling()
-    student: Annotated[TinyStudent | HubStudent, Field(union_mode="left_to_right")]
+    student: Annotated[
+        Annotated[TinyStudent, Tag("TinyStudent")] | Annotated[HubStudent, Tag("HubStudent")],
+        Discriminator(_kind_of_student),
+    ]
     sft: Sft
     rl: Rl
 
@@ -270,7 +283,9 @@ AGENTS = ("random", "noop", "expert", "base", "sft", "rl")
 class Benchmark(Section):
     seeds: Seeds
     max_steps: Annotated[int, Field(ge=1, le=10_000)] = 200
-    agents: tuple[Literal["random", "noop", "expert", "base", "sft", "rl"], ...] = AGENTS
+    agents: Annotated[tuple[Literal["random", "noop", "expert", "base", "sft", "rl"], ...], Field(strict=False)] = (
+        AGENTS
+    )
     bootstrap_samples: PositiveInt = 10_000
 
 
@@ -341,14 +356,15 @@ def load(path: Path | None = None) -> Params:
 def _explain(path: Path, tree: dict, errors: Iterable[dict]) -> list[str]:
     lines = []
     for error in errors:
-        # A union adds the name of the branch tried to the location: keep only what is in the file.
+        # pydantic adds names of its own to a location, of a union's branch for one: keep what stands in the file, and
+        # the last part where the error is about a key that should not, or should, be there.
         location, node = [], tree
-        for part in error["loc"]:
+        for place, part in enumerate(error["loc"]):
             inside = (isinstance(node, dict) and part in node) or (isinstance(node, list) and isinstance(part, int))
-            if not inside and part in ("TinyStudent", "HubStudent", "constrained-str"):
-                continue
-            location.append(str(part))
-            node = node[part] if inside else None
+            about_key = error["type"] in ("missing", "extra_forbidden") and place == len(error["loc"]) - 1
+            if inside or about_key:
+                location.append(str(part))
+                node = node[part] if inside else None
         key = ".".join(location)
         if error["type"] == "extra_forbidden":
             section = _section(location[:-1])

@@ -39,7 +39,7 @@ async def play_one(
             parsed = prompt.parse(reply.message, settings.max_actions)
             before, executed, reward, unlocked = observation, [], 0.0, []
             for action in parsed.actions or ("noop",):
-                if explore and exploration.random() < explore:
+                if explore and parsed.actions and exploration.random() < explore:
                     action = _EXPLORED[exploration.integers(len(_EXPLORED))]
                 outcome = world.step(action)
                 observation = outcome.observation

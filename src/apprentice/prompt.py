@@ -84,13 +84,16 @@ def parse(message: dict, max_actions: int | None = None) -> Parsed:
     Several calls are taken one after the other. max_actions: the most that are allowed; None for any number.
     """
     calls = message.get("tool_calls") if isinstance(message, dict) else None
-    if calls:
+    if calls and isinstance(calls, list):
         found = [call.get("function") if isinstance(call, dict) else None for call in calls]
     else:
         content = message.get("content") if isinstance(message, dict) else None
         if isinstance(content, list):
-            content = "".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
-        blocks = re.findall(r"<tool_call>(.*?)(?:</tool_call>|\Z)", content or "", re.DOTALL)
+            texts = [part.get("text") for part in content if isinstance(part, dict)]
+            content = "".join(text for text in texts if isinstance(text, str))
+        blocks = re.findall(
+            r"<tool_call>(.*?)(?:</tool_call>|\Z)", content if isinstance(content, str) else "", re.DOTALL
+        )
         if not blocks:
             return Parsed((), "no tool call")
         found = []
@@ -115,8 +118,10 @@ def parse(message: dict, max_actions: int | None = None) -> Parsed:
         if not isinstance(asked, list) or not asked:
             return Parsed((), "the arguments have no list of actions")
         for action in asked:
-            if not isinstance(action, str) or action not in ACTIONS:
-                return Parsed((), f"unknown action {str(action)[:40]!r}")
+            if not isinstance(action, str):
+                return Parsed((), "an action that is not a text")
+            if action not in ACTIONS:
+                return Parsed((), f"unknown action {action[:40]!r}")
         actions += asked
     if max_actions is not None and len(actions) > max_actions:
         return Parsed((), f"{len(actions)} actions asked for, at most {max_actions} allowed")

@@ -3,7 +3,7 @@
 import hashlib
 import sqlite3
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 from apprentice import prompt
@@ -21,8 +21,6 @@ class Funnel:
 
     episodes: Counter[str] = field(default_factory=Counter)
     decisions: Counter[str] = field(default_factory=Counter)
-    would_keep: dict[str, str] = field(default_factory=dict)
-    """For each filter that removed episodes: what setting would keep the nearest of them."""
 
     def as_dict(self) -> dict:
         return {"episodes": dict(self.episodes), "decisions": dict(self.decisions)}
@@ -85,11 +83,11 @@ def _episode_tests(episode: Episode, settings: Filter) -> Iterator[tuple[str, in
         states = len({_state(step) for step in episode.steps})
         yield "min_unique_states", states, states >= settings.min_unique_states
     if settings.require_valid_tool_calls == "episode":
-        invalid = sum(bool(step.invalid) for step in episode.steps)
-        yield "require_valid_tool_calls", -invalid, not invalid
+        valid = sum(not step.invalid for step in episode.steps)
+        yield "require_valid_tool_calls", valid, valid == len(episode.steps)
     if settings.detect_loops == "episode":
         run = max(_repeats(episode), default=0)
-        yield "max_repeated_actions", -run, run <= settings.max_repeated_actions
+        yield "max_repeated_actions", run, run <= settings.max_repeated_actions
 
 
 def _decision_tests(episode: Episode, settings: Filter, seen: _Seen) -> Iterator[str]:
@@ -144,20 +142,23 @@ def _why_nothing(settings: Filter, funnel: Funnel, best: dict[str, int]) -> str:
         return "there are no episodes to filter: collect some first"
     fallen = Counter({name: n for name, n in funnel.decisions.items() if name not in ("read", "kept")})
     worst, count = fallen.most_common(1)[0]
-    remedies: dict[str, Callable[[], str]] = {
-        "require_valid_tool_calls": lambda: (
-            "every reply is invalid: look at the teacher's replies, or set filter.require_valid_tool_calls to off"
-            if settings.require_valid_tool_calls != "episode"
-            else f"the best episode has {-best[worst]} invalid replies: set filter.require_valid_tool_calls to decision"
+    value = best.get(worst)
+    remedies = {
+        "require_valid_tool_calls": (
+            f"the best episode has {value} valid replies: set filter.require_valid_tool_calls to decision"
+            if value
+            else "no reply is valid: look at the teacher's replies, or set filter.require_valid_tool_calls to off"
         ),
-        "max_repeated_actions": lambda: (
-            f"the best episode repeats an action {-best[worst]} times: set filter.max_repeated_actions to "
-            f"{-best[worst]}, or filter.detect_loops to decision"
+        "max_repeated_actions": (
+            "raise it, or set filter.detect_loops to off"
+            if value is None
+            else f"the best episode repeats an action {value} times: set filter.max_repeated_actions to {value}, "
+            "or set filter.detect_loops to decision"
         ),
-        "deduplicate": lambda: "set filter.deduplicate to false",
+        "deduplicate": "set filter.deduplicate to false",
     }
-    remedy = remedies.get(worst, lambda: f"the nearest episode has {best[worst]}: set filter.{worst} to {best[worst]}")
+    remedy = remedies.get(worst, f"the nearest episode has {value}: set filter.{worst} to {value}")
     return (
         f"the filters removed everything; {worst} ({getattr(settings, worst)!r}) took most, {count} of "
-        f"{funnel.decisions['read']} decisions: {remedy()}"
+        f"{funnel.decisions['read']} decisions: {remedy}"
     )

@@ -114,6 +114,7 @@ def read(path: Path) -> Iterator[Episode]:
 
 def _row(episode: Episode, step: Step) -> dict:
     observation, reply = step.observation, step.reply
+    message = reply.message if isinstance(reply.message, dict) else {}
     return {
         "episode_id": episode.id,
         "agent": episode.agent,
@@ -129,14 +130,14 @@ def _row(episode: Episode, step: Step) -> dict:
         "sleeping": observation.sleeping,
         "daylight": observation.daylight,
         "prompt": episode.prompt,
-        "content": reply.message.get("content"),
-        "tool_calls": json.dumps(reply.message["tool_calls"]) if reply.message.get("tool_calls") else None,
+        "content": _text(message.get("content")),
+        "tool_calls": json.dumps(message["tool_calls"]) if message.get("tool_calls") else None,
         "finish_reason": reply.finish_reason,
         "model": reply.model,
         "prompt_tokens": reply.prompt_tokens,
         "completion_tokens": reply.completion_tokens,
         "asked": step.asked,
-        "invalid": step.invalid,
+        "invalid": _text(step.invalid),
         "executed": step.executed,
         "reward": step.reward,
         "health_change": step.health_change,
@@ -144,6 +145,13 @@ def _row(episode: Episode, step: Step) -> dict:
         "done": step.done,
         "died": step.died,
     }
+
+
+def _text(value: object) -> str | None:
+    """What a model wrote, as text that can be stored: parts as JSON, half characters replaced."""
+    if value is not None and not isinstance(value, str):
+        value = json.dumps(value)
+    return value if value is None else value.encode("utf-8", "replace").decode()
 
 
 def from_rows(rows: list[dict]) -> Episode:
