@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-from crafter import constants
 from PIL import Image
 
 from apprentice.params import Prompt
-from apprentice.world import ACTIONS, TILES, VIEW, Observation
+from apprentice.world import ACTIONS, TILES, VIEW, Observation, constants
 
 TOOLS: list[dict] = [
     {

@@ -92,11 +92,15 @@ def write(path: Path, episodes: Iterable[Episode]) -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     rows = 0
-    with pq.ParquetWriter(partial, SCHEMA, compression="zstd") as writer:
-        for episode in episodes:
-            table = to_table(episode)
-            writer.write_table(table)
-            rows += table.num_rows
+    try:
+        with pq.ParquetWriter(partial, SCHEMA, compression="zstd") as writer:
+            for episode in episodes:
+                table = to_table(episode)
+                writer.write_table(table)
+                rows += table.num_rows
+    except BaseException:
+        partial.unlink()
+        raise
     partial.replace(path)
     return rows
 
