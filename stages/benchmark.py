@@ -55,10 +55,10 @@ def main() -> None:
 def episodes(agent: str, settings: params.Params):
     """The agent's episodes on the benchmark's seeds, from the ledger or played now."""
     from apprentice import play
-    from apprentice.ledger import digest, fingerprint
+    from apprentice.ledger import code, digest, fingerprint
 
     benchmark, profile = settings.benchmark, settings.student
-    common = {"agent": agent, "max_steps": benchmark.max_steps}
+    common = {"agent": agent, "max_steps": benchmark.max_steps, "code": code(__file__)}
     if agent not in ADAPTERS:
         from apprentice.policy import Scripted
 

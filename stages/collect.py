@@ -20,7 +20,7 @@ def main(name: str) -> None:
     teacher = settings.teachers[name]
 
     from apprentice import play, store
-    from apprentice.ledger import fingerprint
+    from apprentice.ledger import code, fingerprint
     from apprentice.policy import Scripted
 
     episodes = play.record(
@@ -29,7 +29,9 @@ def main(name: str) -> None:
         teacher.seeds,
         teacher.max_steps,
         teacher.prompt,
-        fingerprint=fingerprint(agent=name, teacher=teacher.model_dump(mode="json", exclude={"seeds"})),
+        fingerprint=fingerprint(
+            agent=name, teacher=teacher.model_dump(mode="json", exclude={"seeds"}), code=code(__file__)
+        ),
         agent=name,
         explore=teacher.explore,
     )

@@ -26,7 +26,7 @@ def main() -> None:
     from trl import SFTConfig, SFTTrainer
 
     from apprentice import student, training
-    from apprentice.ledger import cache, digest, fingerprint
+    from apprentice.ledger import cache, code, digest, fingerprint
 
     student.use_all_cores()
     data = {name: Path(f"data/sft/{name}.jsonl") for name in ("train", "val")}
@@ -40,7 +40,9 @@ def main() -> None:
             )
     inputs = [digest(path) for path in (*data.values(), Path("models/base"))]
     checkpoints = (
-        cache() / "sft" / fingerprint(sft=sft.model_dump(mode="json"), dtype=settings.student.dtype, inputs=inputs)
+        cache()
+        / "sft"
+        / fingerprint(sft=sft.model_dump(mode="json"), dtype=settings.student.dtype, inputs=inputs, code=code(__file__))
     )
     arguments = SFTConfig(
         output_dir=str(checkpoints),

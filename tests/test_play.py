@@ -19,7 +19,7 @@ import pytest
 
 from apprentice import prompt, store, world
 from apprentice.episode import HISTORY, Episode, Reply
-from apprentice.ledger import Ledger, cache, digest, fingerprint
+from apprentice.ledger import Ledger, cache, code, digest, fingerprint
 from apprentice.params import Prompt
 from apprentice.play import play, record
 from apprentice.policy import Scripted
@@ -516,3 +516,13 @@ def test_workers_end_when_their_parent_is_killed(tmp_path):
         parent.wait()
         for child in filter(alive, children):
             os.kill(child, signal.SIGKILL)
+
+
+def test_an_edit_of_a_stage_gives_another_fingerprint(tmp_path):
+    stage = tmp_path / "stage.py"
+    stage.write_text("one")
+    before = code(str(stage))
+    assert code(str(stage)) == before
+    stage.write_text("two")
+    assert code(str(stage)) != before
+    assert len(before.split()) == 1 + len(list(Path(store.__file__).parent.glob("*.py")))

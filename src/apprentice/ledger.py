@@ -39,6 +39,15 @@ def digest(path: Path) -> str:
     return hashed.hexdigest()
 
 
+def code(stage: str) -> str:
+    """The digest of the library's source and of a stage's file (its `__file__`).
+
+    Part of the fingerprint of whatever is free to do again: after an edit nothing old is taken for new.
+    """
+    library = Path(__file__).parent
+    return " ".join(digest(file) for file in [*sorted(library.glob("*.py")), Path(stage)])
+
+
 class Ledger:
     """Episodes by key, for one fingerprint; several processes may use it at once.
 
