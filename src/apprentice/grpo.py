@@ -86,6 +86,8 @@ class Trainer(GRPOTrainer):
             for episode, values in zip(episodes, found, strict=True)
             for step, advantage in zip(episode.steps, values, strict=True)
         ]
+        # TRL shuffles the rows next. A resumed run has drawn other numbers by now than one that was never killed.
+        torch.manual_seed(int(generator.integers(2**62)))
         return self._rows(decisions, generator)
 
     def _rows(self, decisions: list, generator: np.random.Generator) -> dict:
