@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing.connection import wait
-from typing import Any, TypeVar
+from typing import TypeVar
 
 T = TypeVar("T")
 
@@ -17,17 +17,13 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def in_processes(
-    work: Callable[..., T], calls: Iterable[tuple], start: Callable[..., Any] | None = None, args: tuple = ()
-) -> Iterator[T]:
-    """The results of work(*call), as they come, on all cores. start(*args) runs first in each process.
+def in_processes(work: Callable[..., T], calls: Iterable[tuple]) -> Iterator[T]:
+    """The results of work(*call), as they come, on all cores.
 
     When work raises, what has not begun is dropped and the error is raised here.
     """
     calls = list(calls)
-    pool = ProcessPoolExecutor(
-        min(cores(), len(calls)) or 1, multiprocessing.get_context("spawn"), _begin, (start, args)
-    )
+    pool = ProcessPoolExecutor(min(cores(), len(calls)) or 1, multiprocessing.get_context("spawn"), _begin)
     try:
         for future in as_completed([pool.submit(work, *call) for call in calls]):
             yield future.result()
@@ -39,11 +35,9 @@ def in_processes(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _begin(start: Callable[..., Any] | None, args: tuple) -> None:
+def _begin() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    if start:
-        start(*args)
 
 
 def _end_with_parent() -> None:

@@ -36,7 +36,7 @@ class Rows:
 
 
 def _length(processor, messages: list[dict]) -> int:
-    """Tokens of a row. Pictures of one size have equally many, so one stands for all."""
+    """Tokens of a row, those of its pictures included."""
     encoded = encode(processor, messages)
     return len(encoded.prompt_ids) + len(encoded.answer_ids)
 
