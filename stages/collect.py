@@ -25,7 +25,7 @@ def main(name: str) -> None:
 
     episodes = play.record(
         Scripted,
-        (teacher.policy,),
+        (teacher.policy, teacher.rationale),
         teacher.seeds,
         teacher.max_steps,
         teacher.prompt,
