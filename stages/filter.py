@@ -3,11 +3,10 @@
 dvc repro filter        or: python stages/filter.py
 """
 
-import json
 from pathlib import Path
 
 from apprentice import params
-from apprentice.command import WorkError, run
+from apprentice.command import WorkError, run, write_metrics
 
 
 def main() -> None:
@@ -29,9 +28,7 @@ def main() -> None:
         store.write(Path("data/filtered.parquet"), select(bar, settings.filter, funnel))
     except NothingLeft as error:
         raise WorkError(f"filter: {error}") from None
-    metrics = Path("metrics/filter.json")
-    metrics.parent.mkdir(exist_ok=True)
-    metrics.write_text(json.dumps(funnel.as_dict(), indent=2) + "\n")
+    write_metrics("filter", funnel.as_dict())
     kept, read = funnel.decisions["kept"], funnel.decisions["read"]
     print(f"filter: kept {funnel.episodes['kept']} of {funnel.episodes['read']} episodes, {kept} of {read} decisions")
 

@@ -3,12 +3,11 @@
 dvc repro split        or: python stages/split.py
 """
 
-import json
 from collections import defaultdict
 from pathlib import Path
 
 from apprentice import params
-from apprentice.command import WorkError, run
+from apprentice.command import WorkError, run, write_metrics
 
 
 def main() -> None:
@@ -36,7 +35,7 @@ def main() -> None:
         for episode in tqdm(store.read(source), desc="val" if validation else "train", unit="episode", mininterval=1):
             if (episode.seed in held_out) == validation:
                 for step in episode.steps:
-                    row = conversation.row(episode, step, shown_with)
+                    row = conversation.row(episode, step, shown_with, split.include_rationale)
                     characters += conversation.characters(row["messages"])
                     yield row
 
@@ -51,8 +50,7 @@ def main() -> None:
         "pictures": pictures,
         "characters": characters,
     }
-    Path("metrics").mkdir(exist_ok=True)
-    Path("metrics/split.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    write_metrics("split", metrics)
     print(
         f"split: {metrics['episodes']} episodes, {train + val} decisions, {train} train and {val} val rows, "
         f"about {characters / 4 / 1e6:.2f} M tokens of text (4 characters each) and {pictures} pictures"
