@@ -88,6 +88,11 @@ def test_begins_with_a_sapling():
     assert expert.plan == "collect a sapling from the grass"
 
 
+def test_plants_the_sapling_at_once():
+    """What it holds is what to do with it: somebody who sees just the picture can follow."""
+    assert Expert().act(scene(*MEADOW, inventory=holding(sapling=1))) == "place_plant"
+
+
 def test_turns_to_a_zombie_then_strikes():
     rows = [*MEADOW[:3], "...Z@....", *MEADOW[4:]]
     assert Expert().act(scene(*rows)) == "move_left"
@@ -110,7 +115,7 @@ def test_never_steps_into_lava():
 
 
 def test_places_a_table_only_with_wood_for_the_tools():
-    """With less it goes on collecting, so that one table serves for all four of the first tools."""
+    """With less it goes on collecting, so that the table serves at once."""
     rows = [*MEADOW[:3], "....@..T.", *MEADOW[4:]]
-    assert Expert().act(scene(*rows, inventory=holding(sapling=1, wood=5))) == "move_right"
-    assert Expert().act(scene(*rows, inventory=holding(sapling=1, wood=6))) == "place_table"
+    assert Expert().act(scene(*rows, inventory=holding(wood=3))) == "move_right"
+    assert Expert().act(scene(*rows, inventory=holding(wood=4))) == "place_table"

@@ -25,8 +25,8 @@ _TOOLS = {
 }
 """What each tool takes, one of each, in the order in which they are made (crafter/data.yaml, `make`)."""
 _TABLE_WOOD, _FURNACE_STONE = 2, 4
-_FIRST_WOOD = 6
-"""Wood for the first table, both wooden tools and both stone tools."""
+_FIRST_WOOD = 4
+"""Wood for the first table and both wooden tools."""
 _OUT_OF_VIEW = 20
 """Steps by which a target only remembered counts as farther: who sees just the picture can follow the rest."""
 _DARK = 0.5
@@ -446,9 +446,9 @@ class Expert:
 
     def _sapling(self) -> str | None:
         if self._owned["sapling"]:
-            ready = self._owned["wood_sword"] and self._is("grass")[self._front]
+            ready = self._is("grass")[self._front]
             return self._do("place_plant", "plant the sapling") if ready else None
-        if self._owned["wood_pickaxe"] or self._owned["wood"]:
+        if self._owned["wood_pickaxe"] or self._owned["wood"] or _PLANTS[self._map].any():
             return None
         return self._reach(self._is("grass"), "do", "collect a sapling from the grass")
 
