@@ -35,6 +35,55 @@ def advantages(group: Sequence[Episode], settings: Rl) -> list[np.ndarray]:
     return [row[: len(episode.steps)] for row, episode in zip(centred, group, strict=True)]
 
 
+def critic_advantages(
+    episodes: Sequence[Episode], settings: Rl, scores: Sequence[float | None] | None = None
+) -> list[np.ndarray]:
+    """An advantage for each decision from a linear value function of the state, instead of from the group.
+
+    The group's mean at the same decision is blind to what an episode has already got: who unlocks early has less to
+    come than the others and is blamed for it. Here the values are a ridge regression of the return on features of the
+    state (the linear feature baseline of Duan et al., arXiv 1604.06778), fitted on the other half of the episodes, so
+    that no decision is measured by its own outcome; advantages are GAE's (Schulman et al., arXiv 1506.02438), divided
+    by their standard deviation.
+    """
+    earned = [
+        np.array(rewards(episode, settings.reward, score))
+        for episode, score in zip(episodes, with_mean(scores or [None] * len(episodes)), strict=True)
+    ]
+    totals = [np.array(returns(values.tolist(), settings.discount)) for values in earned]
+    states = [_features(episode, settings.max_steps) for episode in episodes]
+    weights = [
+        _ridge(np.concatenate(states[half::2]), np.concatenate(totals[half::2]))
+        for half in range(min(2, len(episodes)))
+    ]
+    found = []
+    for index, (values, features) in enumerate(zip(earned, states, strict=True)):
+        expected = np.append(features @ weights[(index + 1) % len(weights)], 0.0)  # nothing comes after the end
+        surprise = values + settings.discount * expected[1:] - expected[:-1]
+        found.append(np.array(returns(surprise.tolist(), settings.discount * settings.gae_lambda)))
+    scale = np.concatenate(found).std() + 1e-6
+    return [values / scale for values in found]
+
+
+def _features(episode: Episode, max_steps: int) -> np.ndarray:
+    """(decisions, features): the time left, what has been unlocked, and both together; vitals and inventory."""
+    rows, unlocked = [], np.zeros(len(ACHIEVEMENTS))
+    for step in episode.steps:
+        now, left = step.observation, 1 - step.step / max_steps
+        numbers = [*now.vitals.values(), *(min(count, 3) for count in now.inventory.values())]
+        rows.append(
+            np.concatenate([[1, left, left**2, now.sleeping, now.daylight], numbers, unlocked, unlocked * left])
+        )
+        unlocked = unlocked.copy()
+        unlocked[[ACHIEVEMENTS.index(name) for name in step.unlocked]] = 1
+    return np.array(rows)
+
+
+def _ridge(features: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """The weights of a ridge regression."""
+    return np.linalg.solve(features.T @ features + np.eye(features.shape[1]), features.T @ targets)
+
+
 @torch.no_grad()
 def merge(model, actor) -> None:
     """Give the actor, a plain model, the weights of a PEFT model with its adapter; it answers a third faster so."""

@@ -236,6 +236,11 @@ class Rl(Section):
     max_steps: Annotated[int, Field(ge=1, le=10_000)]
     """Environment steps after which an episode ends."""
     discount: Annotated[float, Field(ge=0, le=1)] = 0.95
+    baseline: Literal["group", "linear"] = "group"
+    """What a decision is compared with: what the others of its group got from the same decision on, or what a linear
+    value function of the state expects, fitted anew in each iteration."""
+    gae_lambda: Annotated[float, Field(ge=0, le=1)] = 0.95
+    """How far the linear baseline looks ahead before it trusts its own values; 1 waits for the end of the episode."""
     temperature: PositiveFloat = 1.0
     decisions: PositiveInt
     """Decisions trained on in an iteration, drawn from those played; a multiple of batch_size."""
