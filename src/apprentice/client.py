@@ -93,6 +93,11 @@ class Client:
     async def __aexit__(self, *exception) -> None:
         await self._openai.close()
 
+    @property
+    def spent(self) -> float:
+        """Dollars, with those before this run."""
+        return self._purse.spent
+
     async def complete(self, messages: list[dict], tools: list[dict] | None = None) -> Completion:
         """Ask for the next message; tools in OpenAI's form."""
         body, began = self._body(messages, tools), time.monotonic()
