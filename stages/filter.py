@@ -1,6 +1,8 @@
-"""filter: keep the episodes and decisions worth imitating; data/filtered.parquet and the funnel metrics/filter.json.
+"""filter: keep the episodes and decisions worth imitating, of all teachers and imports, in data/filtered.parquet.
 
-dvc repro filter        or: python stages/filter.py
+    dvc repro filter        or: python stages/filter.py
+
+metrics/filter.json says what fell where, metrics/teachers.json how good each teacher's play was.
 """
 
 import json
@@ -11,7 +13,7 @@ from apprentice.command import WorkError, run
 
 
 def main() -> None:
-    """Filter the traces of all teachers of params.yaml."""
+    """Filter the traces of all teachers and imports of params.yaml."""
     settings = params.load()
 
     from tqdm import tqdm
@@ -19,21 +21,52 @@ def main() -> None:
     from apprentice import store
     from apprentice.quality import Funnel, NothingLeft, select
 
-    funnel = Funnel()
-    episodes = (
-        episode for teacher in settings.teachers for episode in store.read(Path(f"data/traces/{teacher}.parquet"))
-    )
-    total = sum(len(teacher.seeds) for teacher in settings.teachers.values())
+    def episodes(purpose: str):
+        found = (episode for name in sources for episode in store.read(Path(f"data/traces/{name}.parquet")))
+        return tqdm(found, desc=purpose, unit="episode", mininterval=1)
+
+    sources, funnel = [*settings.teachers, *settings.imports], Funnel()
     try:
-        bar = tqdm(episodes, total=total, desc="filter", unit="episode", mininterval=1)
-        store.write(Path("data/filtered.parquet"), select(bar, settings.filter, funnel))
+        store.write(Path("data/filtered.parquet"), select(episodes("filter"), settings.filter, funnel))
     except NothingLeft as error:
         raise WorkError(f"filter: {error}") from None
-    metrics = Path("metrics/filter.json")
-    metrics.parent.mkdir(exist_ok=True)
-    metrics.write_text(json.dumps(funnel.as_dict(), indent=2) + "\n")
+    teachers = {name: quality.as_dict(cost(name, settings)) for name, quality in funnel.teachers.items()}
+    for name, metrics in (("filter", funnel.as_dict()), ("teachers", teachers)):
+        Path("metrics").mkdir(exist_ok=True)
+        Path(f"metrics/{name}.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    show(teachers)
     kept, read = funnel.decisions["kept"], funnel.decisions["read"]
     print(f"filter: kept {funnel.episodes['kept']} of {funnel.episodes['read']} episodes, {kept} of {read} decisions")
+
+
+def cost(name: str, settings: params.Params) -> float | None:
+    """Dollars paid for a teacher's episodes; None where that is not known."""
+    return 0.0 if name in settings.teachers else None
+
+
+def show(teachers: dict) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    def text(value: float | None, form: str) -> str:
+        return "–" if value is None else format(value, form)
+
+    columns = {
+        "episodes": ("episodes", "d"),
+        "achieved": ("achievements_mean", ".1f"),
+        "steps": ("steps_mean", ".0f"),
+        "invalid": ("invalid_rate", ".1%"),
+        "judged": ("judge_score_mean", ".2f"),
+        "kept": ("kept_decisions", "d"),
+        "$": ("cost_usd", ".2f"),
+        "$ a kept": ("cost_per_kept_decision_usd", ".5f"),
+    }
+    table = Table()
+    for header in ("teacher", *columns):
+        table.add_column(header, no_wrap=True)
+    for name, row in teachers.items():
+        table.add_row(name, *(text(row[key], form) for key, form in columns.values()))
+    Console(width=None).print(table)
 
 
 if __name__ == "__main__":

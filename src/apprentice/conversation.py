@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from apprentice import prompt
-from apprentice.episode import Episode, Step
+from apprentice.episode import Episode, Given, Step
 from apprentice.params import Prompt
 
 
@@ -16,16 +16,21 @@ def row(episode: Episode, step: Step, settings: Prompt) -> dict:
     """One decision of an episode as a row for fine-tuning, in OpenAI's chat form, rendered with these settings.
 
     The answer is what the teacher asked for, whatever exploration made of it; the actions shown as the last ones are
-    those executed.
+    those executed. An imported decision is shown as it came, not with these settings.
     """
+    if isinstance(step.observation, Given):
+        shown, has_image = prompt.given(step.observation), step.observation.png is not None
+    else:
+        shown, has_image = prompt.messages(step.observation, settings, step.history), settings.mode != "text"
     return {
-        "messages": [*prompt.messages(step.observation, settings, step.history), prompt.answer(step.asked)],
+        "messages": [*shown, prompt.answer(step.asked)],
         "tools": prompt.TOOLS,
         "metadata": {
             "episode_id": episode.id,
             "step": step.step,
             "seed": episode.seed,
-            "has_image": settings.mode != "text",
+            "has_image": has_image,
+            "teacher": episode.agent,
             "model": step.reply.model,
         },
     }
