@@ -16,7 +16,7 @@ yaml = YAML(typ="safe")
 PIPELINE = yaml.load((ROOT / "dvc.yaml").read_text())["stages"]
 STAGES = {name: stage.get("do", stage) for name, stage in PIPELINE.items()}
 NOUNS = {"params", "episode", "world", "game", "picture", "terrain", "compiled", "prompt", "policy", "expert", "ledger"}
-NOUNS |= {"store", "processes", "torchvision_operators", "command"}
+NOUNS |= {"store", "processes", "torchvision_operators", "command", "client", "prices"}
 
 
 def test_imports_go_down_only():

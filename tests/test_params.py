@@ -132,7 +132,10 @@ def test_1e_5_without_a_point_is_a_number(tmp_path):
         ({"teachers__expert__max_steps": 0}, ["teachers.expert.max_steps", "greater than or equal to 1"]),
         ({"teachers__expert__max_steps": 10_001}, ["teachers.expert.max_steps", "10000"]),
         ({"teachers__expert__explore": 1.5}, ["teachers.expert.explore", "less than or equal to 1"]),
-        ({"teachers__expert__policy": "gpt"}, ["teachers.expert.policy", "'expert', 'random' or 'noop'", "'gpt'"]),
+        (
+            {"teachers__expert__policy": "gpt"},
+            ["teachers.expert.policy", "'expert', 'random', 'noop' or 'chat'", "'gpt'"],
+        ),
         ({"teachers__expert": None}, ["teachers.expert", "None"]),
         ({"teachers": {}}, ["neither a teacher nor an import"]),
         ({"filter__detect_loops": True}, ["filter.detect_loops", "'off', 'decision' or 'episode'"]),

@@ -7,8 +7,10 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -97,14 +99,96 @@ class Prompt(Section):
     """The recorded picture (72 pixels) is enlarged by this factor, without smoothing."""
 
 
+def _plain_url(value: str) -> str:
+    url = urlsplit(value)
+    if url.scheme not in ("http", "https") or not url.hostname:
+        raise ValueError("is not a URL; write for example https://api.openai.com/v1")
+    if "@" in url.netloc or url.query or url.fragment:
+        raise ValueError(
+            "may hold no user, password, query or fragment, since params.yaml is in git; put the key into an "
+            "environment variable and name that under api_key_env"
+        )
+    return value.rstrip("/")
+
+
+class Price(Section):
+    """Dollars for a million tokens."""
+
+    input: NonNegativeFloat
+    cached_input: NonNegativeFloat | None = None
+    """For what the provider's prompt cache had; null is as for the others."""
+    output: NonNegativeFloat
+
+
+class Endpoint(Section):
+    """A model behind OpenAI's chat API: OpenAI's, vLLM's, anybody's. What is null isn't sent."""
+
+    base_url: Annotated[str, AfterValidator(_plain_url)] = "https://api.openai.com/v1"
+    model: Annotated[str, Field(min_length=1)]
+    api_key_env: Annotated[str, Field(pattern=r"^[A-Z_][A-Z0-9_]*$")] | None
+    """The NAME of the environment variable that holds the key; null for an endpoint that wants none."""
+    temperature: NonNegativeFloat | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    max_tokens: PositiveInt | None = None
+    """The most tokens of a reply."""
+    max_tokens_field: Literal["max_completion_tokens", "max_tokens"] = "max_completion_tokens"
+    """How the endpoint calls that: OpenAI's newer models know only the first, some servers only the second."""
+    tool_choice: Literal["auto", "required", "none"] | dict[str, Any] | None = None
+    extra_body: dict[str, Any] = {}
+    """Further keys of the request, for example chat_template_kwargs for vLLM."""
+
+    # What follows changes no reply, and so no episode.
+    price: Price | None = None
+    """Instead of the one in prices.yaml."""
+    max_cost_usd: PositiveFloat | None = None
+    """Dollars that all runs with these settings may cost together; a run stops before it would pass them."""
+    concurrency: Annotated[int, Field(ge=1, le=1000)] = 16
+    """Episodes under way at once, each with one request at a time."""
+    timeout: PositiveFloat = 120.0
+    """Seconds to wait for a reply, before it counts as a fault."""
+    max_retries: NonNegativeInt = 15
+    """After a fault that may pass, with pauses from half a second to eight, or as the server asks: 15 are 80 s."""
+    max_failure_rate: Fraction = 0.1
+    """Share of episodes that may fail for all retries; with more, the run ends with an error."""
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """What changes a reply, JSON-able: part of the name of what was played with it."""
+        run = {"api_key_env", "price", "max_cost_usd", "concurrency", "timeout", "max_retries", "max_failure_rate"}
+        return self.model_dump(mode="json", exclude=run)
+
+    @model_validator(mode="after")
+    def _possible(self):
+        ours = {"model", "messages", "tools", "stream", "n"} & self.extra_body.keys()
+        if ours:
+            raise ValueError(f"extra_body may not hold {', '.join(sorted(ours))}: apprentice sets that itself")
+        if self.max_cost_usd is not None and self.max_tokens is None:
+            raise ValueError("max_cost_usd needs max_tokens: without it, one reply may cost anything")
+        return self
+
+
 class Teacher(Section):
-    policy: Literal["expert", "random", "noop"]
+    policy: Literal["expert", "random", "noop", "chat"]
+    """chat: a model behind an endpoint. The others are built in."""
     seeds: Seeds
     max_steps: Annotated[int, Field(ge=1, le=10_000)] = 200
     """Environment steps after which an episode ends."""
     explore: Fraction = 0.0
     """Share of actions replaced by random ones when executed; the trace keeps the teacher's own as the label."""
     prompt: Prompt = Prompt()
+    endpoint: Endpoint | None = None
+    """For chat, and only for it."""
+
+    @model_validator(mode="after")
+    def _complete(self):
+        if self.policy != "chat":
+            if self.endpoint:
+                raise ValueError(f"endpoint is only for policy chat, and the policy is {self.policy}; remove one")
+        elif not self.endpoint:
+            raise ValueError("policy chat needs an endpoint: at least a model, and api_key_env (null without a key)")
+        elif "mode" not in self.prompt.model_fields_set:
+            raise ValueError("policy chat needs prompt.mode, since pictures cost: text+image, image or text")
+        return self
 
 
 class Import(Section):
@@ -425,7 +509,9 @@ def _explain(path: Path, tree: dict, errors: Iterable[dict]) -> list[str]:
             lines.append(f"{path}: {key}: is required")
         else:
             message = error["msg"].removeprefix("Value error, ")
-            got = f" (it is {error['input']!r})" if key and not isinstance(error["input"], (dict, Section)) else ""
+            # Somebody may have written a key or a password there.
+            quotable = key and location[-1] not in ("api_key_env", "base_url")
+            got = f" (it is {error['input']!r})" if quotable and not isinstance(error["input"], (dict, Section)) else ""
             lines.append(f"{path}: {key}: {message}{got}" if key else f"{path}: {message}")
     return lines
 
