@@ -15,33 +15,45 @@ from apprentice.command import WorkError, run
 def main() -> None:
     """Filter the traces of all teachers and imports of params.yaml."""
     settings = params.load()
+    judging = settings.filter.min_judge_score is not None
+    if judging:
+        from apprentice.client import api_key
+
+        api_key(settings.judge.endpoint, "judge.endpoint")  # before anything else: it may be missing
 
     from tqdm import tqdm
 
     from apprentice import store
-    from apprentice.quality import Funnel, NothingLeft, select
+    from apprentice.quality import Funnel, NothingLeft, select, to_judge
 
     def episodes(purpose: str):
         found = (episode for name in sources for episode in store.read(Path(f"data/traces/{name}.parquet")))
         return tqdm(found, desc=purpose, unit="episode", mininterval=1)
 
     sources, funnel = [*settings.teachers, *settings.imports], Funnel()
+    scores = {}
+    if judging:
+        from apprentice import judge
+
+        candidates = (episode for episode in episodes("judge") if to_judge(episode, settings.filter))
+        verdicts = judge.scores(candidates, settings.judge)
+        scores = {verdict.episode_id: verdict.score for verdict in verdicts if verdict.score is not None}
+        missing = [verdict.why_not for verdict in verdicts if verdict.score is None]
+        if missing:
+            fate = "kept" if settings.filter.judge_missing == "keep" else "dropped"
+            print(f"filter: {len(missing)} of {len(verdicts)} episodes have no score and are {fate}; {missing[0]}")
     try:
-        store.write(Path("data/filtered.parquet"), select(episodes("filter"), settings.filter, funnel))
+        store.write(Path("data/filtered.parquet"), select(episodes("filter"), settings.filter, funnel, scores))
     except NothingLeft as error:
         raise WorkError(f"filter: {error}") from None
-    teachers = {name: quality.as_dict(cost(name, settings)) for name, quality in funnel.teachers.items()}
+    costs = {name: json.loads(Path(f"metrics/cost/{name}.json").read_text())["cost_usd"] for name in sources}
+    teachers = {name: quality.as_dict(costs[name]) for name, quality in funnel.teachers.items()}
     for name, metrics in (("filter", funnel.as_dict()), ("teachers", teachers)):
         Path("metrics").mkdir(exist_ok=True)
         Path(f"metrics/{name}.json").write_text(json.dumps(metrics, indent=2) + "\n")
     show(teachers)
     kept, read = funnel.decisions["kept"], funnel.decisions["read"]
     print(f"filter: kept {funnel.episodes['kept']} of {funnel.episodes['read']} episodes, {kept} of {read} decisions")
-
-
-def cost(name: str, settings: params.Params) -> float | None:
-    """Dollars paid for a teacher's episodes; None where that is not known."""
-    return 0.0 if name in settings.teachers else None
 
 
 def show(teachers: dict) -> None:
@@ -58,12 +70,11 @@ def show(teachers: dict) -> None:
         "invalid": ("invalid_rate", ".1%"),
         "judged": ("judge_score_mean", ".2f"),
         "kept": ("kept_decisions", "d"),
-        "$": ("cost_usd", ".2f"),
         "$ a kept": ("cost_per_kept_decision_usd", ".5f"),
     }
-    table = Table()
-    for header in ("teacher", *columns):
-        table.add_column(header, no_wrap=True)
+    if all(row["judge_score_mean"] is None for row in teachers.values()):
+        del columns["judged"]
+    table = Table("teacher", *columns, box=None)
     for name, row in teachers.items():
         table.add_row(name, *(text(row[key], form) for key, form in columns.values()))
     Console(width=None).print(table)

@@ -2,7 +2,8 @@
 
     dvc repro import@NAME        or: python stages/import.py NAME
 
-What can't be used is counted, with the reason, in metrics/imports/NAME.json.
+What can't be used is counted, with the reason, in metrics/imports/NAME.json. What others have paid isn't known:
+metrics/cost/NAME.json says null, where a teacher's has dollars.
 """
 
 import json
@@ -30,9 +31,10 @@ def main(name: str) -> None:
         store.write(Path(f"data/traces/{name}.parquet"), episodes)
     except imports.NothingUsable as error:
         raise WorkError(f"import {name}: {error}") from None
-    metrics = Path(f"metrics/imports/{name}.json")
-    metrics.parent.mkdir(parents=True, exist_ok=True)
-    metrics.write_text(json.dumps(report.as_dict(), indent=2) + "\n")
+    for folder, metrics in (("imports", report.as_dict()), ("cost", {"cost_usd": None})):
+        path = Path(f"metrics/{folder}/{name}.json")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(metrics, indent=2) + "\n")
     print(f"import {name}: {imports.summary(report)}")
 
 

@@ -20,6 +20,10 @@ def main() -> None:
     """Train the adapter models/rl."""
     settings = params.load()
     profile, rl = settings.student, settings.student.rl
+    if rl.reward.judge:
+        from apprentice.client import api_key
+
+        api_key(settings.judge.endpoint, "judge.endpoint")  # before hours of play
 
     import torch
     from trl import GRPOConfig
@@ -32,6 +36,9 @@ def main() -> None:
     model, processor = student.load("models/base", "models/sft", profile.dtype, trainable=True)
     actor, _ = student.load("models/base", dtype=profile.dtype)
     shaping = {name: section.model_dump(mode="json") for name, section in (("rl", rl), ("prompt", profile.prompt))}
+    if rl.reward.judge:
+        shaping["judge"] = settings.judge.model_dump(mode="json", include={"outcome", "events"})
+        shaping["judge"]["endpoint"] = settings.judge.endpoint.asked
     inputs = [digest(Path(folder)) for folder in ("models/base", "models/sft")]
     checkpoints = (
         cache()
@@ -67,7 +74,7 @@ def main() -> None:
         seed=rl.random_seed,
         report_to="none",
     )
-    trainer = Trainer(model, actor, processor, rl, profile.prompt, profile.sampling, arguments)
+    trainer = Trainer(model, actor, processor, rl, profile.prompt, profile.sampling, arguments, settings.judge)
     trainer.train(resume_from_checkpoint=training.last_checkpoint(checkpoints))
 
     shutil.rmtree(OUT, ignore_errors=True)
@@ -77,6 +84,8 @@ def main() -> None:
     columns |= {"clip_ratio/region_mean": "clip_fraction", "steps_per_second": "steps_per_second"}
     if rl.kl_coefficient:
         columns["kl"] = "kl"
+    if rl.reward.judge:
+        columns |= {"judge_score": "judge_score", "judge_missing": "judge_missing"}
     history = [entry for entry in trainer.state.log_history if "reward" in entry]
     training.write_curve(Path("metrics/plots/rl.csv"), history, columns)
     first, last = history[0], history[-1]

@@ -198,6 +198,23 @@ class Import(Section):
     """JSONL in OpenAI's chat form, pictures as data: URLs, replies that call the tool `act`; see imports.py."""
 
 
+class Criterion(Section):
+    """A point of the judge's rubric."""
+
+    asks: Annotated[str, Field(min_length=1)]
+    """In words, what is to be marked from 0 to 10."""
+    weight: PositiveFloat = 1.0
+
+
+class Judge(Section):
+    """A model that scores episodes; the score is the weighted mean of its marks, 0 to 1."""
+
+    endpoint: Endpoint
+    outcome: Criterion = Criterion(asks="how much the player achieved for the number of steps it had")
+    events: dict[Name, Criterion] = {}
+    """What to look at from step to step, by a name: survival: {asks: how well it kept its vitals up, weight: 0.5}."""
+
+
 class Filter(Section):
     """Which episodes and decisions are worth imitating; a limit of null is off.
 
@@ -310,6 +327,8 @@ class Reward(Section):
     """Per health point gained (or lost)."""
     invalid: float = 0.0
     """For a reply that could not be read; usually negative."""
+    judge: float = 0.0
+    """Times the judge's score (0 to 1), at the end of the episode. Without a score, that is the mean of the group's."""
 
 
 class Rl(Section):
@@ -395,6 +414,7 @@ class Params(Section):
     profile: Name
     teachers: dict[Name, Teacher]
     imports: dict[Name, Import] = {}
+    judge: Judge | None = None
     filter: Filter = Filter()
     split: Split = Split()
     benchmark: Benchmark
@@ -409,6 +429,13 @@ class Params(Section):
     def _consistent(self):
         if self.profile not in self.profiles:
             raise ValueError(f"profile: {self.profile!r} is not defined; profiles are {', '.join(self.profiles)}")
+        uses_of_judge = {
+            "filter.min_judge_score": self.filter.min_judge_score is not None,
+            f"profiles.{self.profile}.rl.reward.judge": self.student.rl.reward.judge != 0,
+        }
+        for key, used in uses_of_judge.items():
+            if used and self.judge is None:
+                raise ValueError(f"{key} needs a judge: add the section judge with an endpoint, or leave it out")
         if not self.teachers and not self.imports:
             raise ValueError("there is neither a teacher nor an import: name one under teachers or imports")
         for name, source in self.imports.items():
