@@ -9,12 +9,13 @@ import json
 import sys
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import chain, repeat
 from typing import Any
 
-REASONS = {200: "OK"}
+ACTIONS = ("noop", "move_left", "move_right", "move_up", "move_down", "do", "sleep", "place_table")
 
 
 @dataclass(frozen=True)
@@ -58,26 +59,34 @@ def completion(message: dict, finish_reason: str = "tool_calls", prompt_tokens: 
 NOOP = Answer(completion(call("noop")))
 
 
+def playing(body: dict, delay: float = 0.0) -> Answer:
+    """Play on: an action that depends on nothing but what is shown."""
+    return Answer(
+        completion(call(ACTIONS[zlib.crc32(json.dumps(body["messages"]).encode()) % len(ACTIONS)])), delay=delay
+    )
+
+
 @dataclass
 class Request:
-    """A request as it came: its JSON, its headers, and when it came and was answered (time.monotonic)."""
+    """A request as it came; when it came and was answered is time.monotonic()."""
 
     body: dict
     headers: dict[str, str]
     began: float
     ended: float = float("inf")
+    number: int = 0
 
 
 class Server:
-    """script: answers in turn, the last one for ever; or a function of the request and its number."""
+    """script: answers in turn, then for ever the last; or a function of the request."""
 
-    def __init__(self, script: Iterable[Answer] | Callable[[Request, int], Answer] = (NOOP,)):
+    def __init__(self, script: Iterable[Answer] | Callable[[Request], Answer] = (NOOP,)):
         if callable(script):
             self.answer = script
         else:
             script = list(script)
             answers = chain(script, repeat(script[-1]))
-            self.answer = lambda request, number: next(answers)
+            self.answer = lambda request: next(answers)
         self.requests: list[Request] = []
         self.ended: Callable[[Request], None] = lambda request: None
         self.most_at_once = self._open = 0
@@ -128,12 +137,12 @@ class Server:
         head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
         headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in head[1:]) if name}
         body = json.loads(await reader.readexactly(int(headers.get("content-length", 0))) or "{}")
-        request = Request(body, headers, time.monotonic())
+        request = Request(body, headers, time.monotonic(), number=len(self.requests))
         self.requests.append(request)
         self._open += 1
         self.most_at_once = max(self.most_at_once, self._open)
         try:
-            answer = self.answer(request, len(self.requests) - 1)
+            answer = self.answer(request)
             if answer.delay:
                 await asyncio.sleep(answer.delay)
         finally:
@@ -146,7 +155,7 @@ class Server:
         if answer.cut == 0:
             return False
         sent = {"Content-Type": "application/json", "Content-Length": str(len(content))} | answer.headers
-        lines = [f"HTTP/1.1 {answer.status} {REASONS.get(answer.status, 'Error')}"]
+        lines = [f"HTTP/1.1 {answer.status} It"]
         lines += [f"{name}: {value}" for name, value in sent.items()]
         writer.write("\r\n".join([*lines, "", ""]).encode() + content[: answer.cut])
         await writer.drain()
@@ -156,17 +165,15 @@ class Server:
 
 
 async def serve(latency: float, log: str) -> None:
-    """Answer everything with a noop after the latency, and write a line for each request that begins or ends."""
-    answer = Answer(NOOP.body, delay=latency)
+    """Play on after the latency, and write a line for each request that begins or ends, with the time."""
     with open(log, "a", buffering=1) as lines:
 
-        def begun(request: Request, number: int) -> Answer:
-            request.headers["number"] = str(number)
-            lines.write(f"begun {number} {request.began}\n")
-            return answer
+        def begun(request: Request) -> Answer:
+            lines.write(f"begun {request.number} {request.began}\n")
+            return playing(request.body, latency)
 
         server = Server(begun)
-        server.ended = lambda request: lines.write(f"ended {request.headers['number']} {request.ended}\n")
+        server.ended = lambda request: lines.write(f"ended {request.number} {request.ended}\n")
         listening = await server.start()
         print(server.url, flush=True)
         await listening.serve_forever()

@@ -13,6 +13,7 @@ from apprentice import params
 ROOT = Path(__file__).parent.parent
 STAGES = sorted((ROOT / "stages").glob("*.py"))
 TEACHER = {"policy": "random", "seeds": "0-4"}
+CHAT = {"policy": "chat", "seeds": "0-4", "prompt": {"mode": "image"}, "endpoint": {"model": "m", "api_key_env": "KEY"}}
 REMOVED = object()
 
 
@@ -189,6 +190,58 @@ def test_an_error_names_the_key_and_the_remedy(tmp_path, changes, said):
     for part in said:
         assert part in message
     assert len(message.splitlines()) == 1
+
+
+def chat(**endpoint) -> dict:
+    return CHAT | {"endpoint": CHAT["endpoint"] | endpoint}
+
+
+@pytest.mark.parametrize(
+    ("teacher", "said"),
+    [
+        ({**TEACHER, "endpoint": CHAT["endpoint"]}, ["teachers.x: endpoint is only for policy chat", "random"]),
+        ({**CHAT, "endpoint": None}, ["teachers.x: policy chat needs an endpoint", "model", "api_key_env"]),
+        (
+            {**CHAT, "prompt": {"history": 2}},
+            ["teachers.x: policy chat needs prompt.mode", "text+image, image or text"],
+        ),
+        ({**CHAT, "endpoint": {"model": "m"}}, ["teachers.x.endpoint.api_key_env: is required"]),
+        (chat(modle="m"), ["teachers.x.endpoint.modle: unknown key", "model", "max_cost_usd"]),
+        (chat(temperature=-1), ["teachers.x.endpoint.temperature", "-1"]),
+        (chat(max_tokens_field="tokens"), ["teachers.x.endpoint.max_tokens_field", "'max_completion_tokens'"]),
+        (chat(base_url="api.openai.com"), ["teachers.x.endpoint.base_url: is not a URL", "https://api.openai.com/v1"]),
+        (chat(max_cost_usd=1.0), ["teachers.x.endpoint: max_cost_usd needs max_tokens"]),
+        (chat(extra_body={"stream": True, "n": 2}), ["teachers.x.endpoint: extra_body may not hold n, stream"]),
+        (chat(concurrency=0), ["teachers.x.endpoint.concurrency", "greater than or equal to 1"]),
+        (chat(max_failure_rate=2), ["teachers.x.endpoint.max_failure_rate", "less than or equal to 1"]),
+        (chat(price={"input": 1.0}), ["teachers.x.endpoint.price.output: is required"]),
+    ],
+    ids=lambda value: "" if isinstance(value, dict) else value[0],
+)
+def test_a_chat_teachers_error_names_the_key_and_the_remedy(tmp_path, teacher, said):
+    message = error(tmp_path, teachers__x=teacher)
+    for part in said:
+        assert part in message
+    assert len(message.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("api_key_env", "sk-s3cret"),
+        ("api_key_env", ["sk-s3cret"]),
+        ("base_url", "https://me:s3cret@example.com/v1"),
+        ("base_url", "https://example.com/v1?key=s3cret"),
+        ("base_url", "https://example.com/v1#s3cret"),
+        ("base_url", "s3cret"),
+        ("base_url", ["s3cret"]),
+        ("api_key", "s3cret"),
+    ],
+)
+def test_a_secret_in_the_file_is_refused_and_not_repeated(tmp_path, key, value):
+    message = error(tmp_path, teachers__x=chat(**{key: value}))
+    assert f"teachers.x.endpoint.{key}: " in message
+    assert "s3cret" not in message
 
 
 def test_all_errors_are_told_at_once(tmp_path):

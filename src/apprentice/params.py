@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 from urllib.parse import urlsplit
 
 from pydantic import (
@@ -557,7 +557,8 @@ def _section(location: list[str]) -> list[str]:
         elif part == "student":
             return sorted({*TinyStudent.model_fields, *HubStudent.model_fields})
         else:
-            model = field.annotation
+            # Of an optional section, the section.
+            model = next((kind for kind in get_args(field.annotation) if kind is not type(None)), field.annotation)
         if model is None:
             return []
     return list(getattr(model, "model_fields", {}))
