@@ -346,6 +346,45 @@ def test_an_import_is_filtered_and_split_beside_the_teachers(rows, checkout):
     assert metrics["pictures"] == sum(row["has_image"] for rows in split.values() for row in rows)
 
 
+def test_an_invalid_reply_that_the_filter_keeps_is_still_no_row_to_learn(rows, checkout):
+    write(checkout / "friends.jsonl", *rows, {"messages": [user("look"), REPLIES[0][0]]})
+    tree = yaml.load((checkout / "params.yaml").read_text())
+    tree |= {"teachers": {}, "imports": {"friends": {"file": "friends.jsonl"}}}
+    tree["filter"]["require_valid_tool_calls"] = "off"
+    with (checkout / "params.yaml").open("w") as file:
+        yaml.dump(tree, file)
+    for name in (["import", "friends"], ["filter"], ["split"]):
+        stage(checkout, *name)
+    assert json.loads((checkout / "metrics/split.json").read_text())["invalid_left_out"] == 1
+    texts = [(checkout / f"data/sft/{name}.jsonl").read_text() for name in ("train", "val")]
+    assert not any(r"\"actions\": []" in text for text in texts)
+
+
+def test_rows_without_seeds_alone_cannot_be_split_and_the_error_says_why(checkout):
+    write(checkout / "friends.jsonl", *({"messages": [user(str(number)), NOOP]} for number in range(9)))
+    tree = yaml.load((checkout / "params.yaml").read_text())
+    tree |= {"teachers": {}, "imports": {"friends": {"file": "friends.jsonl"}}}
+    with (checkout / "params.yaml").open("w") as file:
+        yaml.dump(tree, file)
+    for name in (["import", "friends"], ["filter"]):
+        stage(checkout, *name)
+    done = run(checkout, str(ROOT / "stages/split.py"))
+    assert done.returncode == 1 and "unless their metadata has a seed" in done.stderr
+
+
+def test_imported_rows_with_other_pictures_or_none_train_with_ours(rows, tiny, tmp_path):
+    import torch
+
+    model, processor = tiny
+    others = [{"messages": [user("text"), NOOP]}, {"messages": [user("look", picture(url(40, 24, "jpeg"))), NOOP]}]
+    episodes, _ = imported(write(tmp_path / "rows.jsonl", *others))
+    given = [conversation.row(episode, step, Prompt()) for episode in episodes for step in episode.steps]
+    encoded = [conversation.encode(processor, row["messages"]) for row in (rows[0], *given)]
+    with torch.no_grad():
+        loss = model(**conversation.batch(processor, encoded)).loss
+    assert torch.isfinite(loss)
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
