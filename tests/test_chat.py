@@ -588,7 +588,7 @@ def test_the_key_stands_nowhere(tmp_path):
     assert KEY not in said
     files = [file for file in tmp_path.rglob("*") if file.is_file()]
     assert {"gpt.parquet", "gpt.json"} <= {file.name for file in files}
-    assert len([file for file in files if file.suffix == ".sqlite"]) == 2
+    assert len([file for file in files if file.suffix == ".sqlite"]) == 1
     for file in files:
         assert KEY.encode() not in file.read_bytes(), file
     (episode,) = store.read(folder / "data/traces/gpt.parquet")

@@ -18,7 +18,7 @@ from apprentice import prompt, store
 from apprentice.client import Client, Failed, Stopped
 from apprentice.command import WorkError
 from apprentice.episode import Episode, Reply
-from apprentice.ledger import Ledger, Replies, fingerprint
+from apprentice.ledger import Replies, fingerprint
 from apprentice.params import Teacher
 from apprentice.play import play_one
 from apprentice.policy import Turn
@@ -84,38 +84,35 @@ def record(name: str, teacher: Teacher, code: str) -> Iterator[Episode]:
     with Replies(name, endpoint.asked, alone=True) as replies:
         client = Client(endpoint, f"teachers.{name}.endpoint", replies.spent() or 0.0)
         policy, run = Chat(name, client, replies), _run(name, teacher)
-        with Ledger(fingerprint(run=run, code=code)) as ledger:
-            packed, finished = ledger.keys(), replies.finished(run)
-            missing = [seed for seed in seeds if str(seed) not in packed or seed not in finished]
-            failures: dict[int, str] = {}
-            with tqdm(total=len(seeds), desc=name, unit="episode", mininterval=1) as bar:
-                bar.update(len(seeds) - len(missing))
+        finished, failures = replies.finished(run, code), {}
+        missing = [seed for seed in seeds if seed not in finished]
+        with tqdm(total=len(seeds), desc=name, unit="episode", mininterval=1) as bar:
+            bar.update(len(seeds) - len(missing))
 
-                def ended(seed: int, result: Episode | Failed) -> None:
-                    if isinstance(result, Episode):
-                        ledger.add(str(seed), store.to_bytes(result))
-                        replies.ended(run, seed, policy.costs[seed])
-                    else:
-                        failures[seed] = str(result)
-                        replies.ended(run, seed, policy.costs[seed], str(result))
-                        if len(failures) > max(1, endpoint.max_failure_rate * len(seeds)):
-                            policy.stopped = _too_many(name, teacher, failures)
-                    spent = f", ${client.spent:.4f} spent" if client.price else ""
-                    bar.set_postfix_str(f"{len(failures)} failed{spent}", refresh=False)
-                    bar.update()
+            def ended(seed: int, result: bytes | Failed) -> None:
+                if isinstance(result, bytes):
+                    replies.ended(run, seed, policy.costs[seed], code, result)
+                else:
+                    failures[seed] = str(result)
+                    replies.failed(run, seed, failures[seed])
+                    if len(failures) > max(1, endpoint.max_failure_rate * len(seeds)):
+                        policy.stopped = _too_many(name, teacher, failures)
+                spent = f", ${client.spent:.4f} spent" if client.price else ""
+                bar.set_postfix_str(f"{len(failures)} failed{spent}", refresh=False)
+                bar.update()
 
-                asyncio.run(_play(policy, name, teacher, missing, ended))
-            if policy.stopped:
-                raise policy.stopped
-            if len(failures) > endpoint.max_failure_rate * len(seeds) or len(failures) == len(seeds):
-                raise _too_many(name, teacher, failures)
-            if failures:
-                print(f"collect {name}: left out, for the next run to try again: {_counted(failures)}", file=sys.stderr)
-            yield from ledger.episodes(str(seed) for seed in seeds if seed not in failures)
+            asyncio.run(_play(policy, name, teacher, missing, ended))
+        if policy.stopped:
+            raise policy.stopped
+        if len(failures) > endpoint.max_failure_rate * len(seeds) or len(failures) == len(seeds):
+            raise _too_many(name, teacher, failures)
+        if failures:
+            print(f"collect {name}: left out, for the next run to try again: {_counted(failures)}", file=sys.stderr)
+        yield from replies.episodes(run, (seed for seed in seeds if seed not in failures))
 
 
 async def _play(
-    policy: Chat, name: str, teacher: Teacher, seeds: list[int], ended: Callable[[int, Episode | Failed], None]
+    policy: Chat, name: str, teacher: Teacher, seeds: list[int], ended: Callable[[int, bytes | Failed], None]
 ) -> None:
     """Play an episode on each seed, so many at once, each at its own pace; the first ConfigError ends all."""
     waiting = iter(seeds)
@@ -125,7 +122,9 @@ async def _play(
             if policy.stopped:
                 break
             try:
-                result = await play_one(policy, seed, teacher.max_steps, teacher.prompt, name, teacher.explore)
+                episode = await play_one(policy, seed, teacher.max_steps, teacher.prompt, name, teacher.explore)
+                # In a thread: it takes a millisecond a decision, and the others shall go on.
+                result = await asyncio.to_thread(store.to_bytes, episode)
             except Failed as error:
                 result = error
             except Stopped as error:

@@ -84,6 +84,7 @@ class Client:
             base_url=endpoint.base_url,
             timeout=endpoint.timeout,
             max_retries=endpoint.max_retries,
+            http_client=openai.DefaultAioHttpClient(timeout=endpoint.timeout),
         )
         self._purse = _Purse(endpoint.max_cost_usd, spent, whose)
 
@@ -205,7 +206,7 @@ class Client:
         return text if len(text) <= 300 else text[:300] + "…"
 
 
-@dataclass
+@dataclass(eq=False)
 class _Payment:
     most: float
     amount: float = 0.0
@@ -223,25 +224,25 @@ class _Purse:
     async def opened(self, most: float):
         """Wait until this fits beside what is under way. Raises Stopped when it cannot fit any more."""
         payment = _Payment(most)
-        async with self._changed:
-            await self._changed.wait_for(lambda: self._fits(most) or not self._open)
-            if not self._fits(most):
-                raise Stopped(
-                    f"{self.whose}.max_cost_usd: ${self.spent:.4f} of ${self.limit:g} are spent and another decision "
-                    f"may cost ${most:.4f}; everything so far is kept, a higher limit continues"
-                )
-            self._open.append(payment)
+        if self.limit is not None:
+            async with self._changed:
+                await self._changed.wait_for(lambda: self._fits(most) or not self._open)
+                if not self._fits(most):
+                    raise Stopped(
+                        f"{self.whose}.max_cost_usd: ${self.spent:.4f} of ${self.limit:g} are spent and another "
+                        f"decision may cost ${most:.4f}; everything so far is kept, a higher limit continues"
+                    )
+                self._open.append(payment)
         try:
             yield payment
         finally:
-            self._open.remove(payment)
             self.spent += payment.amount
-            async with self._changed:
-                self._changed.notify_all()
+            if self.limit is not None:
+                self._open.remove(payment)
+                async with self._changed:
+                    self._changed.notify_all()
 
     def _fits(self, most: float) -> bool:
-        if self.limit is None:
-            return True
         return self.spent + sum(payment.most for payment in self._open) + most <= self.limit
 
 

@@ -134,8 +134,8 @@ class Replies:
             "seconds REAL, PRIMARY KEY (seed, decision, shown))"
         )
         self._db.execute(
-            "CREATE TABLE IF NOT EXISTS episodes (run TEXT, seed INTEGER, cost REAL, failure TEXT, "
-            "PRIMARY KEY (run, seed))"
+            "CREATE TABLE IF NOT EXISTS episodes (run TEXT, seed INTEGER, cost REAL, failure TEXT, code TEXT, "
+            "data BLOB, PRIMARY KEY (run, seed))"
         )
 
     def __enter__(self) -> "Replies":
@@ -161,13 +161,26 @@ class Replies:
             self._db, self._path, "INSERT OR IGNORE INTO replies VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", place + values
         )
 
-    def ended(self, run: str, seed: int, cost: float | None, failure: str | None = None) -> None:
-        """Record an episode's end; a later one counts."""
-        _write(self._db, self._path, "INSERT OR REPLACE INTO episodes VALUES (?, ?, ?, ?)", (run, seed, cost, failure))
+    def ended(self, run: str, seed: int, cost: float | None, code: str, episode: bytes) -> None:
+        """Record a finished episode (`store.to_bytes`), what its replies cost, and the code that made it of them."""
+        row = (run, seed, cost, None, code, episode)
+        _write(self._db, self._path, "INSERT OR REPLACE INTO episodes VALUES (?, ?, ?, ?, ?, ?)", row)
 
-    def finished(self, run: str) -> dict[int, float | None]:
-        """The dollars of each finished episode, by its seed."""
-        return dict(self._db.execute("SELECT seed, cost FROM episodes WHERE run = ? AND failure IS NULL", (run,)))
+    def failed(self, run: str, seed: int, reason: str) -> None:
+        """Record that an episode came to no end."""
+        row = (run, seed, None, reason, None, None)
+        _write(self._db, self._path, "INSERT OR REPLACE INTO episodes VALUES (?, ?, ?, ?, ?, ?)", row)
+
+    def episodes(self, run: str, seeds: Iterable[int]) -> Iterator[Episode]:
+        """These finished episodes, in this order."""
+        for seed in seeds:
+            query = "SELECT data FROM episodes WHERE run = ? AND seed = ?"
+            yield store.from_bytes(self._db.execute(query, (run, seed)).fetchone()[0])
+
+    def finished(self, run: str, code: str | None = None) -> dict[int, float | None]:
+        """The dollars of each finished episode, by its seed; code: only of those that it has made."""
+        query = "SELECT seed, cost FROM episodes WHERE run = ? AND failure IS NULL AND code = coalesce(?, code)"
+        return dict(self._db.execute(query, (run, code)))
 
     def failures(self, run: str) -> dict[int, str]:
         """Why episodes failed, by seed."""

@@ -152,7 +152,11 @@ def picture(observation: Observation, settings: Prompt) -> np.ndarray:
 
 def shown_png(observation: Observation, settings: Prompt) -> bytes:
     """The picture that the player is shown, as PNG."""
-    return observation.png if observation.png and settings.scale == 1 else png(picture(observation, settings))
+    if settings.scale > 1:
+        return png(picture(observation, settings))
+    if observation.png is None:
+        object.__setattr__(observation, "png", png(observation.image))  # the record needs it once more
+    return observation.png
 
 
 def png(image: np.ndarray) -> bytes:
