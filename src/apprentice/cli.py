@@ -96,7 +96,8 @@ def show_estimate(
     lacking = f" and what is not known ({', '.join(found['unknown'])})" if found["unknown"] else ""
     console = Console(highlight=False)
     console.print(table)
-    console.print(f"together {found['gpu_hours']:.1f} GPU-hours, ${found['usd']:.2f}{lacking}\n\nHow each is known:")
+    console.print(f"together {found['gpu_hours']:.1f} GPU-hours, ${found['usd']:.2f}{lacking}")
+    console.print("Times go from a third less to a third more than reckoned.\n\nHow each is known:")
     for line in found["stages"]:
         console.print(f"{line['stage']}: {line['how']}. From {'; '.join(line['sources'])}.", markup=False)
 
