@@ -53,7 +53,7 @@ def marks(outcome: object = 5, **events: object) -> Answer:
     return Answer(completion({"role": "assistant", "content": None, "tool_calls": [call]}))
 
 
-def by_achievements(request, number) -> Answer:
+def by_achievements(request) -> Answer:
     """As many marks as the story's last line has achievements."""
     story = request.body["messages"][-1]["content"]
     return marks(min(10, int(story.rsplit(" with ", 1)[1].split()[0])))

@@ -289,6 +289,15 @@ def test_the_key_in_an_error_is_a_key_of_the_file(tmp_path):
         assert "profiles.tiny.sft.lora.target_modules: " in line
 
 
+def test_the_teachers_in_comments_are_ready_to_use(tmp_path):
+    lines = (ROOT / "params.yaml").read_text().splitlines()
+    path = tmp_path / "params.yaml"
+    path.write_text("\n".join(line.replace("#", "", 1) if line.startswith("#  ") else line for line in lines))
+    teachers = params.load(path).teachers
+    assert list(teachers) == ["expert", "gpt_4o_mini", "qwen3_vl"]
+    assert teachers["qwen3_vl"].endpoint.base_url == "http://localhost:8000/v1"
+
+
 def test_teachers_may_share_seeds(tmp_path):
     path = changed(tmp_path, teachers={"one": TEACHER, "two": TEACHER | {"explore": 0.5}})
     assert set(params.load(path).teachers) == {"one", "two"}

@@ -156,8 +156,8 @@ class Client:
         except openai.APIStatusError as error:
             return self._refused(error.status_code, error.body, error.code)
         except openai.APIConnectionError as error:
-            cause = type(error.__cause__).__name__ if error.__cause__ else ""
-            raise Failed(f"{error.message.rstrip('.')} ({cause})") from None
+            cause = error.__cause__
+            raise Failed(f"no answer: {self._said(str(cause)) or type(cause).__name__}") from None
         text = self._cleaned(response.content.decode("utf-8", "replace"))
         try:
             return json.loads(text)
