@@ -238,7 +238,7 @@ def test_a_wrong_key_or_model_ends_the_run_before_an_episode_is_played(status, s
         assert len(server.requests) <= settings.endpoint.concurrency
     for part in (said, "teachers.gpt.endpoint", server.url, f"HTTP {status}", "Not ***!"):
         assert part in str(raised.value)
-    assert "0 of 100 episodes done; 0 unfinished ones with 0 decisions" in chat.status("gpt", settings)
+    assert "0 of 100 episodes done; 0 unfinished, with 0 decisions" in chat.status("gpt", settings)
 
 
 def test_an_account_without_credit_ends_the_run():
@@ -253,12 +253,12 @@ def test_one_broken_episode_is_a_failure_and_the_next_run_tries_it_again(capsys)
         assert [episode.seed for episode in recorded(settings)] == [4, 2, 7]
         assert "1 × HTTP 500: broken (seed 9)" in capsys.readouterr().err
         said = chat.status("gpt", settings)
-        assert "3 of 4 episodes done; 1 unfinished ones with 2 decisions; 1 failed" in said
+        assert "3 of 4 episodes done; 1 unfinished, with 2 decisions; 1 failed" in said
         assert "HTTP 500: broken (seed 9)" in said
         count = len(server.requests)
         assert [episode.seed for episode in recorded(settings)] == [4, 9, 2, 7]
         assert len(server.requests) - count == 3  # what was answered before the fault is kept
-        assert "4 of 4 episodes done; 0 unfinished ones with 0 decisions; 0 failed" in chat.status("gpt", settings)
+        assert "4 of 4 episodes done; 0 unfinished, with 0 decisions; 0 failed" in chat.status("gpt", settings)
 
 
 def test_more_failures_than_allowed_end_the_run_with_the_reason():
@@ -267,14 +267,19 @@ def test_more_failures_than_allowed_end_the_run_with_the_reason():
         with pytest.raises(WorkError) as raised:
             recorded(settings)
         assert len(server.requests) == 5 + 11
-        for part in ("11 of 100 episodes failed", "max_failure_rate 0.1", "11 × HTTP 500: out of order", "run again"):
+        for part in (
+            "11 of 100 episodes failed",
+            "max_failure_rate is 0.1",
+            "11 × HTTP 500: out of order",
+            "run again",
+        ):
             assert part in str(raised.value)
 
 
 def test_of_few_episodes_one_may_be_too_many_but_the_others_are_played_first():
     with Server([Answer("broken", 500), NOOP]) as server:
         settings = teacher(server, "0-3", max_retries=0, concurrency=1, max_failure_rate=0.1)
-        with pytest.raises(WorkError, match=r"1 of 4 episodes failed, more than max_failure_rate 0\.1"):
+        with pytest.raises(WorkError, match=r"1 of 4 episodes failed, and max_failure_rate is 0\.1"):
             recorded(settings)
         assert "3 of 4 episodes done" in chat.status("gpt", settings)
 
@@ -500,7 +505,7 @@ def _collect_on_a_full_disk(environment: dict[str, str], settings: Teacher, out:
 def test_a_full_disk_is_an_error_and_the_ledger_stays_usable(counting, tmp_path):
     server, log = counting
     settings, out = teacher(server, "0-3", 100, concurrency=4), tmp_path / "trace.parquet"
-    in_a_process(_collect_on_a_full_disk, settings, out).join(60)
+    in_a_process(_collect_on_a_full_disk, settings, out).join(300)
     message = out.with_suffix(".error").read_text()
     assert "cannot be written" in message and "APPRENTICE_CACHE" in message
     (path,) = cache().glob("replies/*.sqlite")
@@ -540,13 +545,35 @@ def test_a_missing_key_is_told_first_with_the_variable_and_the_teacher(tmp_path)
     with Server() as server:
         folder = checkout(tmp_path / "top", gpt=teacher(server))
         process = command(folder, "gpt", TEST_KEY="")
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=300)
         assert process.returncode == 2 and not server.requests
         assert "teachers.gpt.endpoint: the environment variable TEST_KEY is not set" in errors
         assert "Traceback" not in errors
         assert [path.name for path in folder.iterdir()] == ["params.yaml"] and not cache().exists()
         process = command(folder, "gpt", "--status", TEST_KEY="")
-        assert "gpt: 0 of 4 episodes done" in process.communicate(timeout=60)[0]
+        assert "gpt: 0 of 4 episodes done" in process.communicate(timeout=300)[0]
+
+
+def test_a_key_that_is_none_is_told_and_not_repeated(monkeypatch):
+    monkeypatch.setenv("TEST_KEY", "sk-s3cret…")
+    with pytest.raises(ConfigError, match="what TEST_KEY holds is no key") as raised:
+        Client(Endpoint(model="m", api_key_env="TEST_KEY"), "x")
+    assert "s3cret" not in str(raised.value)
+
+
+def test_ctrl_c_exits_130_and_the_next_run_goes_on(tmp_path):
+    with Server(lambda request: playing(request.body, 0.05)) as server:
+        folder = checkout(tmp_path / "top", gpt=teacher(server, "0-3", 30, concurrency=4))
+        process = command(folder, "gpt")
+        while len(server.requests) < 20:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(300) == 130, process.stderr.read()
+        assert not (folder / "data/traces/gpt.parquet").exists()
+        count = len(server.requests)
+        process = command(folder, "gpt")
+        assert process.wait(300) == 0, process.stderr.read()
+        assert 120 <= len(server.requests) <= 120 + 4 and count > 19
 
 
 def test_two_processes_on_one_teacher_wait_for_each_other_and_pay_once(tmp_path):
@@ -554,7 +581,7 @@ def test_two_processes_on_one_teacher_wait_for_each_other_and_pay_once(tmp_path)
         folders = [checkout(tmp_path / name, gpt=teacher(server, "0-5", 30)) for name in "ab"]
         processes = [command(folder, "gpt") for folder in folders]
         for process in processes:
-            _, errors = process.communicate(timeout=120)
+            _, errors = process.communicate(timeout=300)
             assert process.returncode == 0, errors
         one, other = (folder / "data/traces/gpt.parquet" for folder in folders)
         assert one.read_bytes() == other.read_bytes()
@@ -577,13 +604,13 @@ def test_the_key_stands_nowhere(tmp_path):
         settings = teacher(server, "0-1", 3, concurrency=1, max_retries=0, max_failure_rate=0.5, price=PRICE)
         folder = checkout(tmp_path / "top", gpt=settings)
         process = command(folder, "gpt", OPENAI_LOG="debug")
-        said = "".join(process.communicate(timeout=60))
+        said = "".join(process.communicate(timeout=300))
         assert process.returncode == 0 and "Bad ***" in said, said
         server.answer = lambda request: Answer({"error": {"message": f"Wrong: {KEY}"}}, 401)
         process = command(folder, "gpt")
-        errors = "".join(process.communicate(timeout=60))
+        errors = "".join(process.communicate(timeout=300))
         assert process.returncode == 2 and "Wrong: ***" in errors, errors
-        said += errors + "".join(command(folder, "gpt", "--status").communicate(timeout=60))
+        said += errors + "".join(command(folder, "gpt", "--status").communicate(timeout=300))
         assert KEY in server.requests[0].headers["authorization"]
     assert KEY not in said
     files = [file for file in tmp_path.rglob("*") if file.is_file()]

@@ -211,7 +211,7 @@ def chat(**endpoint) -> dict:
         (chat(max_tokens_field="tokens"), ["teachers.x.endpoint.max_tokens_field", "'max_completion_tokens'"]),
         (chat(base_url="api.openai.com"), ["teachers.x.endpoint.base_url: is not a URL", "https://api.openai.com/v1"]),
         (chat(max_cost_usd=1.0), ["teachers.x.endpoint: max_cost_usd needs max_tokens"]),
-        (chat(extra_body={"stream": True, "n": 2}), ["teachers.x.endpoint: extra_body may not hold n, stream"]),
+        (chat(extra_body={"n": 2, "max_tokens": 9}), ["teachers.x.endpoint: extra_body may not hold max_tokens, n"]),
         (chat(concurrency=0), ["teachers.x.endpoint.concurrency", "greater than or equal to 1"]),
         (chat(max_failure_rate=2), ["teachers.x.endpoint.max_failure_rate", "less than or equal to 1"]),
         (chat(price={"input": 1.0}), ["teachers.x.endpoint.price.output: is required"]),

@@ -157,7 +157,7 @@ def status(name: str, teacher: Teacher) -> str:
     begun = {seed: kept[seed] for seed in seeds if seed in kept and seed not in finished}
     failed = {seed: failures[seed] for seed in seeds if seed in failures}
     lines = [
-        f"{name}: {len(finished.keys() & set(seeds))} of {len(seeds)} episodes done; {len(begun)} unfinished ones with "
+        f"{name}: {len(finished.keys() & set(seeds))} of {len(seeds)} episodes done; {len(begun)} unfinished, with "
         f"{sum(begun.values())} decisions; {len(failed)} failed",
         f"{sum(kept.values())} replies for " + ("an unknown price" if spent is None else f"${spent:.4f}"),
     ]
@@ -172,8 +172,8 @@ def _run(name: str, teacher: Teacher) -> str:
 
 def _too_many(name: str, teacher: Teacher, failures: dict[int, str]) -> WorkError:
     return WorkError(
-        f"collect {name}: {len(failures)} of {len(teacher.seeds)} episodes failed, more than max_failure_rate "
-        f"{teacher.endpoint.max_failure_rate:g} allows: {_counted(failures)}. Their replies are kept; run again to "
+        f"collect {name}: {len(failures)} of {len(teacher.seeds)} episodes failed, and max_failure_rate is "
+        f"{teacher.endpoint.max_failure_rate:g}: {_counted(failures)}. Their replies are kept; run again to "
         "try the rest"
     )
 

@@ -61,6 +61,10 @@ def api_key(endpoint: Endpoint, whose: str) -> str:
             f"{whose}: the environment variable {endpoint.api_key_env} is not set; it must hold the key for "
             f"{endpoint.base_url}: export {endpoint.api_key_env}=…"
         )
+    if not (key.isascii() and key.isprintable()) or " " in key:
+        raise ConfigError(
+            f"{whose}: what {endpoint.api_key_env} holds is no key: it has spaces or odd characters in it"
+        )
     return key
 
 
@@ -150,8 +154,7 @@ class Client:
         import openai
 
         try:
-            # Not chat.completions.create: checking types takes longer than an environment step, and what an endpoint
-            # answers need not keep to them.
+            # Not chat.completions.create: what endpoints answer need not be of the types that it makes of it.
             response = await self._openai.post("/chat/completions", body=body, cast_to=httpx2.Response)
         except openai.APIStatusError as error:
             return self._refused(error.status_code, error.body, error.code)

@@ -1,5 +1,6 @@
 """How every command ends: 0; 1 the work failed; 2 bad usage or configuration; 130 interrupted."""
 
+import errno
 import sys
 from collections.abc import Callable
 
@@ -27,6 +28,10 @@ def guarded(application: Callable[..., None]) -> None:
         _stop(str(error), 2)
     except WorkError as error:
         _stop(str(error), 1)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        _stop(f"the disk is full ({error}); make room and run the same command again", 1)
     except KeyboardInterrupt:
         # DVC itself ignores Ctrl-C and waits: exit code 0 would make it lock a partial output.
         _stop("interrupted; run the same command again to continue", 130)

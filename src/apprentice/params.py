@@ -159,9 +159,9 @@ class Endpoint(Section):
 
     @model_validator(mode="after")
     def _possible(self):
-        ours = {"model", "messages", "tools", "stream", "n"} & self.extra_body.keys()
-        if ours:
-            raise ValueError(f"extra_body may not hold {', '.join(sorted(ours))}: apprentice sets that itself")
+        ours = {"messages", "tools", "stream", "n", "max_completion_tokens", *type(self).model_fields}
+        if ours := ours & self.extra_body.keys():
+            raise ValueError(f"extra_body may not hold {', '.join(sorted(ours))}: that's set elsewhere, or not at all")
         if self.max_cost_usd is not None and self.max_tokens is None:
             raise ValueError("max_cost_usd needs max_tokens: without it, one reply may cost anything")
         return self
