@@ -138,7 +138,7 @@ def test_1e_5_without_a_point_is_a_number(tmp_path):
             ["teachers.expert.policy", "'expert', 'random', 'noop' or 'chat'", "'gpt'"],
         ),
         ({"teachers__expert": None}, ["teachers.expert", "None"]),
-        ({"teachers": {}}, ["teachers", "at least 1"]),
+        ({"teachers": {}}, ["neither a teacher nor an import"]),
         ({"filter__detect_loops": True}, ["filter.detect_loops", "'off', 'decision' or 'episode'"]),
         ({"split__val_fraction": 1}, ["split.val_fraction", "less than 1"]),
         ({"benchmark__agents": ["rl", "rll"]}, ["benchmark.agents.1", "'rll'"]),
@@ -334,7 +334,7 @@ def test_without_a_file_the_error_says_where_to_run(tmp_path, monkeypatch):
 @pytest.mark.parametrize("file", STAGES, ids=lambda file: file.stem)
 def test_a_stage_ends_with_code_2_before_it_touches_anything(tmp_path, file):
     changed(tmp_path, benchmark__seeds="9-5")
-    arguments = ["expert"] if file.stem == "collect" else []
+    arguments = ["expert"] if file.stem in ("collect", "import") else []
     ended = stage(file, *arguments, folder=tmp_path)
     assert ended.returncode == 2, ended.stderr
     assert "params.yaml: benchmark.seeds: the range 9-5 runs backwards" in ended.stderr

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from apprentice import prompt
-from apprentice.episode import Episode, Step
+from apprentice.episode import Episode, Given, Step
 from apprentice.params import Prompt
 
 
@@ -16,17 +16,23 @@ def row(episode: Episode, step: Step, settings: Prompt, rationale: bool = False)
     """One decision of an episode as a row for fine-tuning, in OpenAI's chat form, rendered with these settings.
 
     The answer is what the teacher asked for, whatever exploration made of it; the actions shown as the last ones are
-    those executed. rationale: with what it said beside its tool call.
+    those executed. rationale: with what it said beside its tool call. An imported decision is shown as it came, not
+    with these settings.
     """
+    if isinstance(step.observation, Given):
+        shown, has_image = prompt.given(step.observation), step.observation.png is not None
+    else:
+        shown, has_image = prompt.messages(step.observation, settings, step.history), settings.mode != "text"
     words = (step.reply.message.get("content") or None) if rationale else None
     return {
-        "messages": [*prompt.messages(step.observation, settings, step.history), prompt.answer(step.asked, words)],
+        "messages": [*shown, prompt.answer(step.asked, words)],
         "tools": prompt.TOOLS,
         "metadata": {
             "episode_id": episode.id,
             "step": step.step,
             "seed": episode.seed,
-            "has_image": settings.mode != "text",
+            "has_image": has_image,
+            "teacher": episode.agent,
             "model": step.reply.model,
         },
     }

@@ -1,5 +1,6 @@
 """params.yaml as a frozen, checked tree; a wrong value is an error before the first step."""
 
+import io
 import os
 import re
 from collections import Counter
@@ -23,11 +24,14 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
-from ruamel.yaml import YAML
+from ruamel.yaml import YAML, CommentedMap
 from ruamel.yaml.error import YAMLError
 
 PATH = Path("params.yaml")
 """Where a stage finds its parameters: in the folder it is run in, as DVC does."""
+
+
+_NULL = "tag:yaml.org,2002:null"
 
 
 class ConfigError(Exception):
@@ -195,8 +199,35 @@ class Teacher(Section):
         return self
 
 
+class Import(Section):
+    """Somebody else's decisions, beside the teachers' own."""
+
+    file: Annotated[str, Field(min_length=1)]
+    """JSONL in OpenAI's chat form, pictures as data: URLs, replies that call the tool `act`; see imports.py."""
+
+
+class Criterion(Section):
+    """A point of the judge's rubric."""
+
+    asks: Annotated[str, Field(min_length=1)]
+    """In words, what is to be marked from 0 to 10."""
+    weight: PositiveFloat = 1.0
+
+
+class Judge(Section):
+    """A model that scores episodes; the score is the weighted mean of its marks, 0 to 1."""
+
+    endpoint: Endpoint
+    outcome: Criterion = Criterion(asks="how much the player achieved for the number of steps it had")
+    events: dict[Name, Criterion] = {}
+    """What to look at from step to step, by a name: survival: {asks: how well it kept its vitals up, weight: 0.5}."""
+
+
 class Filter(Section):
-    """Which episodes and decisions are worth imitating; a limit of null is off."""
+    """Which episodes and decisions are worth imitating; a limit of null is off.
+
+    Of an import nothing is known but what was shown and answered: only require_valid_tool_calls and deduplicate apply.
+    """
 
     min_steps_per_episode: NonNegativeInt = 5
     max_steps_per_episode: PositiveInt | None = None
@@ -211,6 +242,10 @@ class Filter(Section):
     """Drop the invalid replies, or the whole episode that has them."""
     deduplicate: bool = True
     """Drop decisions in which the same was seen and the same was answered before."""
+    min_judge_score: Fraction | None = None
+    """Of the score that the judge gives an episode, 0 to 1."""
+    judge_missing: Literal["keep", "drop"] = "keep"
+    """What becomes of an episode that the judge could not score."""
 
     @model_validator(mode="after")
     def _possible(self):
@@ -306,6 +341,8 @@ class Reward(Section):
     """Per health point gained (or lost)."""
     invalid: float = 0.0
     """For a reply that could not be read; usually negative."""
+    judge: float = 0.0
+    """Times the judge's score (0 to 1), at the end of the episode. Without a score, that is the mean of the group's."""
 
 
 class Rl(Section):
@@ -391,7 +428,9 @@ class Benchmark(Section):
 
 class Params(Section):
     profile: Name
-    teachers: Annotated[dict[Name, Teacher], Field(min_length=1)]
+    teachers: dict[Name, Teacher]
+    imports: dict[Name, Import] = {}
+    judge: Judge | None = None
     filter: Filter = Filter()
     split: Split = Split()
     benchmark: Benchmark
@@ -406,6 +445,24 @@ class Params(Section):
     def _consistent(self):
         if self.profile not in self.profiles:
             raise ValueError(f"profile: {self.profile!r} is not defined; profiles are {', '.join(self.profiles)}")
+        uses_of_judge = {
+            "filter.min_judge_score": self.filter.min_judge_score is not None,
+            f"profiles.{self.profile}.rl.reward.judge": self.student.rl.reward.judge != 0,
+        }
+        for key, used in uses_of_judge.items():
+            if used and self.judge is None:
+                raise ValueError(f"{key} needs a judge: add the section judge with an endpoint, or leave it out")
+        if not self.teachers and not self.imports:
+            raise ValueError("there is neither a teacher nor an import: name one under teachers or imports")
+        for name, source in self.imports.items():
+            if name in self.teachers:
+                raise ValueError(f"{name!r} is both a teacher and an import; give the import another name")
+            outs = (Path(out).resolve() for out in ("data/traces", "data/sft", "data/benchmark"))
+            if any(Path(source.file).resolve().is_relative_to(out) for out in outs):
+                raise ValueError(
+                    f"imports.{name}.file ({source.file}) is made by this pipeline, which would depend on itself; "
+                    "copy it to another folder and name the copy"
+                )
         uses = {f"teachers.{name}.seeds": teacher.seeds for name, teacher in self.teachers.items()}
         uses[f"profiles.{self.profile}.rl.seeds"] = self.student.rl.seeds
         if isinstance(self.student.student, TinyStudent):
@@ -440,10 +497,31 @@ def load(path: Path | None = None) -> Params:
     """Read and check the parameters. Raises ConfigError naming the key and what would be right."""
     path = path or PATH
     try:
-        tree = YAML(typ="safe").load(path.read_text())
+        return _checked(path, path.read_text())
     except FileNotFoundError:
         raise ConfigError(f"there is no {path} in {os.getcwd()}; run from the top of the checkout") from None
-    except (YAMLError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+
+
+def with_imports(files: dict[str, str], path: Path = PATH) -> str:
+    """The text of params.yaml with these imports added (name → file), comments kept. Raises ConfigError as load."""
+    yaml, text = YAML(), io.StringIO()
+    yaml.width = 4096  # long lines stay as they are, and so does `null`
+    yaml.representer.add_representer(type(None), lambda dumper, _: dumper.represent_scalar(_NULL, "null"))
+    tree = yaml.load(path.read_text())
+    sources = tree.setdefault("imports", CommentedMap())
+    sources.fa.set_flow_style()
+    sources.update({name: {"file": file} for name, file in files.items()})
+    yaml.dump(tree, text)
+    _checked(path, text.getvalue())
+    return text.getvalue()
+
+
+def _checked(path: Path, text: str) -> Params:
+    try:
+        tree = YAML(typ="safe").load(text)
+    except YAMLError as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} must be a mapping with the keys {', '.join(Params.model_fields)}")
@@ -487,8 +565,9 @@ def _section(location: list[str]) -> list[str]:
     for part in location:
         field = getattr(model, "model_fields", {}).get(part)
         if field is None:
-            model = {"teachers": Teacher, "profiles": Profile}.get(model) if isinstance(model, str) else None
-        elif part in ("teachers", "profiles"):
+            named = {"teachers": Teacher, "imports": Import, "profiles": Profile}
+            model = named.get(model) if isinstance(model, str) else None
+        elif part in ("teachers", "imports", "profiles"):
             model = part
             continue
         elif part == "student":
