@@ -34,6 +34,14 @@ def main() -> None:
         figures = "".join(f"{figure:18,.1f}" for figure in (stock, with_numba, ours))
         print(f"{rate:24}{figures}    {ours / stock:.1f}x, {ours / with_numba:.1f}x with numba")
 
+    print(f"\n{'a second, on all cores, a random policy':42}{'stock':>10}{'play':>10}")
+    rounds_of_play = {"stock": [], "play": []}
+    for _ in range(ROUNDS):
+        rounds_of_play["stock"].append(all_cores(stock_episode))
+        rounds_of_play["play"].append(through_play())
+    stock, ours = (statistics.median(rounds_of_play[contender]) for contender in ("stock", "play"))
+    print(f"{'steps, every picture kept as PNG by play':42}{stock:10,.0f}{ours:10,.0f}    {ours / stock:.1f}x")
+
     print("\nfirst use, in seconds    import   reset  picture")
     with tempfile.TemporaryDirectory() as folder:
         for name in ("nothing compiled yet", "any later process"):
@@ -129,6 +137,37 @@ def play_world(seeds, size: int, look: bool, max_steps: int = 10_000) -> tuple[i
                 break
         resetting, stepping = resetting + reset - start, stepping + time.perf_counter() - reset
     return steps, resetting, stepping
+
+
+def stock_episode(seed: int) -> int:
+    """The steps of a random episode in stock, which draws every picture."""
+    os.environ["NUMBA_DISABLE_JIT"] = "1"
+    return play_stock([seed], SIZE, look=True)[0]
+
+
+def all_cores(episode) -> float:
+    """Steps per second of `episode` on a few seeds, processes already begun."""
+    from apprentice.processes import cores, in_processes
+
+    calls = [(seed,) for seed in range(6 * cores())]
+    played, start, steps = in_processes(episode, calls), None, 0
+    for taken in played:
+        # The first result says that the processes have begun; the clock and the count start there.
+        steps, start = (0, time.perf_counter()) if start is None else (steps + taken, start)
+    return steps / (time.perf_counter() - start)
+
+
+def through_play() -> float:
+    """Steps per second of `play.record` with a random policy: as collect and benchmark play, ledger and all."""
+    from apprentice.params import Prompt
+    from apprentice.play import record
+    from apprentice.policy import Scripted
+
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["APPRENTICE_CACHE"] = folder
+        played = record(Scripted, ("random",), range(200), 10_000, Prompt(), fingerprint="speed", agent="random")
+        start = time.perf_counter()
+        return sum(episode.length for episode in played) / (time.perf_counter() - start)
 
 
 def first_use(folder: str) -> dict[str, float]:

@@ -6,11 +6,10 @@ Episodes go to the ledger, so that only agents that have changed play again, and
 """
 
 import csv
-import json
 from pathlib import Path
 
 from apprentice import params
-from apprentice.command import run
+from apprentice.command import run, write_metrics
 
 ADAPTERS = {"base": None, "sft": "models/sft", "rl": "models/rl"}
 
@@ -42,8 +41,8 @@ def main() -> None:
     }
     plots = Path("metrics/plots")
     plots.mkdir(parents=True, exist_ok=True)
-    Path("metrics/benchmark.json").write_text(json.dumps(scores, indent=2) + "\n")
-    Path("metrics/differences.json").write_text(json.dumps(differences, indent=2) + "\n")
+    write_metrics("benchmark", scores)
+    write_metrics("differences", differences)
     with (plots / "achievements.csv").open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["agent", "achievement", "success"])

@@ -74,7 +74,7 @@ def episodes(name: str, teacher: params.Teacher) -> Iterator:
 
     return play.record(
         Scripted,
-        (teacher.policy,),
+        (teacher.policy, teacher.rationale),
         teacher.seeds,
         teacher.max_steps,
         teacher.prompt,

@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 
 from apprentice import params
-from apprentice.command import WorkError, run
+from apprentice.command import WorkError, run, write_metrics
 
 
 def main() -> None:
@@ -48,9 +48,8 @@ def main() -> None:
         raise WorkError(f"filter: {error}") from None
     costs = {name: json.loads(Path(f"metrics/cost/{name}.json").read_text())["cost_usd"] for name in sources}
     teachers = {name: quality.as_dict(costs[name]) for name, quality in funnel.teachers.items()}
-    for name, metrics in (("filter", funnel.as_dict()), ("teachers", teachers)):
-        Path("metrics").mkdir(exist_ok=True)
-        Path(f"metrics/{name}.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    write_metrics("filter", funnel.as_dict())
+    write_metrics("teachers", teachers)
     show(teachers)
     kept, read = funnel.decisions["kept"], funnel.decisions["read"]
     print(f"filter: kept {funnel.episodes['kept']} of {funnel.episodes['read']} episodes, {kept} of {read} decisions")

@@ -6,12 +6,11 @@ An iteration plays groups of episodes on the same world seeds and trains on thei
 user's cache, one for each iteration: a killed run continues with the iteration it was in.
 """
 
-import json
 import shutil
 from pathlib import Path
 
 from apprentice import params
-from apprentice.command import run
+from apprentice.command import run, write_metrics
 
 OUT = Path("models/rl")
 
@@ -19,38 +18,47 @@ OUT = Path("models/rl")
 def main() -> None:
     """Train the adapter models/rl."""
     settings = params.load()
-    profile, rl = settings.student, settings.student.rl
+    profile, judge = settings.student, settings.judge
+    rl = profile.rl
     if rl.reward.judge:
         from apprentice.client import api_key
 
-        api_key(settings.judge.endpoint, "judge.endpoint")  # before hours of play
+        api_key(judge.endpoint, "judge.endpoint")  # before hours of play
 
+    from apprentice import distributed
+    from apprentice.ledger import cache, code, digest, fingerprint
+
+    sections = {"rl": rl, "prompt": profile.prompt, "sampling": profile.sampling}
+    shaping = {name: section.model_dump(mode="json") for name, section in sections.items()}
+    if rl.reward.judge:
+        shaping["judge"] = judge.model_dump(mode="json", include={"outcome", "events"})
+        shaping["judge"]["endpoint"] = judge.endpoint.asked
+    shaping["inputs"] = [digest(Path(folder)) for folder in ("models/base", "models/sft")]
+    checkpoints = cache() / "rl" / fingerprint(**shaping, dtype=profile.dtype, code=code(__file__))
+    ranks, rows, accumulation = distributed.layout(
+        profile.rl.batch_size, profile.rl.micro_batch_size, profile.rl.groups
+    )
+    distributed.launch(train, ranks, profile, judge, checkpoints, rows, accumulation)
+
+
+def train(profile: params.Profile, judge: params.Judge | None, checkpoints: Path, rows: int, accumulation: int):
+    """What each rank does. rows: decisions at once, in each rank."""
     import torch
     from trl import GRPOConfig
 
     from apprentice import student, training
     from apprentice.grpo import Trainer
-    from apprentice.ledger import cache, digest, fingerprint
 
-    student.use_all_cores()
+    rl = profile.rl
     model, processor = student.load("models/base", "models/sft", profile.dtype, trainable=True)
     actor, _ = student.load("models/base", dtype=profile.dtype)
-    shaping = {name: section.model_dump(mode="json") for name, section in (("rl", rl), ("prompt", profile.prompt))}
-    if rl.reward.judge:
-        shaping["judge"] = settings.judge.model_dump(mode="json", include={"outcome", "events"})
-        shaping["judge"]["endpoint"] = settings.judge.endpoint.asked
-    inputs = [digest(Path(folder)) for folder in ("models/base", "models/sft")]
-    checkpoints = (
-        cache()
-        / "rl"
-        / fingerprint(**shaping, max_tokens=profile.sampling.max_tokens, dtype=profile.dtype, inputs=inputs)
-    )
     batches = rl.decisions // rl.batch_size
     arguments = GRPOConfig(
         output_dir=str(checkpoints),
         max_steps=rl.iterations * rl.epochs * batches,
-        per_device_train_batch_size=rl.batch_size,
-        steps_per_generation=batches,
+        per_device_train_batch_size=rows,
+        gradient_accumulation_steps=accumulation,
+        steps_per_generation=batches * accumulation,
         num_iterations=rl.epochs,
         num_generations=2,  # TRL's own groups, unused
         max_completion_length=profile.sampling.max_tokens,
@@ -70,12 +78,15 @@ def main() -> None:
         bf16=profile.dtype == "bfloat16",
         use_cpu=not torch.cuda.is_available(),
         gradient_checkpointing=torch.cuda.is_available(),
+        ddp_find_unused_parameters=False,
         remove_unused_columns=False,
         seed=rl.random_seed,
         report_to="none",
     )
-    trainer = Trainer(model, actor, processor, rl, profile.prompt, profile.sampling, arguments, settings.judge)
+    trainer = Trainer(model, actor, processor, rl, profile.prompt, profile.sampling, arguments, judge)
     trainer.train(resume_from_checkpoint=training.last_checkpoint(checkpoints))
+    if not trainer.is_world_process_zero():
+        return
 
     shutil.rmtree(OUT, ignore_errors=True)
     trainer.model.save_pretrained(OUT, selected_adapters=["default"])
@@ -94,7 +105,7 @@ def main() -> None:
         for when, entry in (("first", first), ("last", last))
         for name in ("reward", "achievements")
     }
-    Path("metrics/rl.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    write_metrics("rl", metrics)
     print(
         f"rl: {len(history)} iterations; training reward {first['reward']:.2f} → {last['reward']:.2f}, "
         f"achievements {first['achievements']:.2f} → {last['achievements']:.2f}"

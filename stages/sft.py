@@ -6,50 +6,63 @@ The loss is on the answers only. Evaluated every `eval_steps`, the adapter with 
 Checkpoints lie in the user's cache, named by everything that shapes them: a killed run continues.
 """
 
-import json
 import shutil
 from pathlib import Path
 
 from apprentice import params
-from apprentice.command import WorkError, run
+from apprentice.command import WorkError, run, write_metrics
 
 OUT = Path("models/sft")
+DATA = {name: Path(f"data/sft/{name}.jsonl") for name in ("train", "val")}
 
 
 def main() -> None:
     """Train the adapter models/sft."""
     settings = params.load()
-    sft, where = settings.student.sft, f"profiles.{settings.profile}"
+    sft = settings.student.sft
 
+    from transformers import AutoProcessor
+
+    from apprentice import distributed, training
+    from apprentice.ledger import cache, code, digest, fingerprint
+
+    processor = AutoProcessor.from_pretrained("models/base")
+    places, too_long = {}, {}
+    for name, file in DATA.items():
+        places[name], too_long[name] = training.fitting(file, processor, sft.max_length)
+        if not places[name]:
+            where, shortest = f"profiles.{settings.profile}", min(too_long[name], default=0)
+            raise WorkError(
+                f"sft: {file} has no row of at most {sft.max_length} tokens, the shortest has {shortest}: "
+                f"raise {where}.sft.max_length, or show less by {where}.prompt"
+            )
+    inputs = [digest(path) for path in (*DATA.values(), Path("models/base"))]
+    shaping = {"sft": sft.model_dump(mode="json"), "dtype": settings.student.dtype, "inputs": inputs}
+    checkpoints = cache() / "sft" / fingerprint(**shaping, code=code(__file__))
+    ranks, rows, accumulation = distributed.layout(sft.batch_size, sft.micro_batch_size)
+    left_out = sum(map(len, too_long.values()))
+    distributed.launch(train, ranks, settings.student, places, left_out, checkpoints, rows, accumulation)
+
+
+def train(
+    profile: params.Profile, places: dict, left_out: int, checkpoints: Path, rows: int, accumulation: int
+) -> None:
+    """What each rank does. places: which rows to take of each file; rows: at once, in each rank."""
     import torch
     from transformers import EarlyStoppingCallback
     from trl import SFTConfig, SFTTrainer
 
     from apprentice import student, training
-    from apprentice.ledger import cache, code, digest, fingerprint
 
-    student.use_all_cores()
-    data = {name: Path(f"data/sft/{name}.jsonl") for name in ("train", "val")}
-    model, processor = student.load("models/base", dtype=settings.student.dtype)
-    rows = {name: training.Rows(file, processor, sft.max_length) for name, file in data.items()}
-    for name, file in data.items():
-        if not len(rows[name].dataset):
-            raise WorkError(
-                f"sft: {file} has no row of at most {sft.max_length} tokens, the shortest has {rows[name].shortest}: "
-                f"raise {where}.sft.max_length, or show less by {where}.prompt"
-            )
-    inputs = [digest(path) for path in (*data.values(), Path("models/base"))]
-    checkpoints = (
-        cache()
-        / "sft"
-        / fingerprint(sft=sft.model_dump(mode="json"), dtype=settings.student.dtype, inputs=inputs, code=code(__file__))
-    )
+    sft = profile.sft
+    model, processor = student.load("models/base", dtype=profile.dtype)
+    data = {name: training.Rows(file, processor, places[name]) for name, file in DATA.items()}
     arguments = SFTConfig(
         output_dir=str(checkpoints),
         num_train_epochs=sft.epochs,
-        per_device_train_batch_size=sft.batch_size,
-        per_device_eval_batch_size=sft.batch_size,
-        gradient_accumulation_steps=sft.gradient_accumulation_steps,
+        per_device_train_batch_size=rows,
+        per_device_eval_batch_size=sft.micro_batch_size,
+        gradient_accumulation_steps=accumulation,
         learning_rate=sft.learning_rate,
         warmup_steps=sft.warmup_ratio,
         lr_scheduler_type=sft.lr_scheduler,
@@ -62,9 +75,10 @@ def main() -> None:
         load_best_model_at_end=True,
         metric_for_best_model="eval_loss",
         logging_steps=min(sft.eval_steps, 25),
-        bf16=settings.student.dtype == "bfloat16",
+        bf16=profile.dtype == "bfloat16",
         use_cpu=not torch.cuda.is_available(),
         gradient_checkpointing=torch.cuda.is_available(),
+        ddp_find_unused_parameters=False,
         seed=sft.random_seed,
         max_length=None,
         remove_unused_columns=False,
@@ -75,14 +89,16 @@ def main() -> None:
     trainer = SFTTrainer(
         model=model,
         args=arguments,
-        train_dataset=rows["train"].dataset,
-        eval_dataset=rows["val"].dataset,
-        data_collator=rows["train"].collate,
+        train_dataset=data["train"].dataset,
+        eval_dataset=data["val"].dataset,
+        data_collator=data["train"].collate,
         processing_class=processor,
         peft_config=training.lora_config(sft.lora),
         callbacks=[EarlyStoppingCallback(patience)] if patience else [],
     )
     trainer.train(resume_from_checkpoint=training.last_checkpoint(checkpoints))
+    if not trainer.is_world_process_zero():
+        return
 
     shutil.rmtree(OUT, ignore_errors=True)
     trainer.model.save_pretrained(OUT)
@@ -98,12 +114,12 @@ def main() -> None:
         "val_token_accuracy": best["eval_mean_token_accuracy"],
         "best_step": best["step"],
         "steps": trainer.state.global_step,
-        "rows_too_long": sum(part.too_long for part in rows.values()),
+        "rows_too_long": left_out,
     }
-    Path("metrics/sft.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    write_metrics("sft", metrics)
     print(
         f"sft: validation loss {best['eval_loss']:.3f} at step {best['step']} of {trainer.state.global_step}; "
-        f"{metrics['rows_too_long']} rows were too long and left out"
+        f"{left_out} rows were too long and left out"
     )
 
 

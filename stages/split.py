@@ -3,12 +3,11 @@
 dvc repro split        or: python stages/split.py
 """
 
-import json
 from collections import Counter, defaultdict
 from pathlib import Path
 
 from apprentice import params
-from apprentice.command import WorkError, run
+from apprentice.command import WorkError, run, write_metrics
 
 
 def main() -> None:
@@ -43,7 +42,7 @@ def main() -> None:
                     if step.invalid:
                         counts["invalid"] += 1  # kept by the filter's settings, but no target to learn
                         continue
-                    row = conversation.row(episode, step, shown_with)
+                    row = conversation.row(episode, step, shown_with, split.include_rationale)
                     characters += conversation.characters(row["messages"])
                     counts["pictures"] += row["metadata"]["has_image"]
                     counts["imported"] += episode.imported
@@ -63,8 +62,7 @@ def main() -> None:
         "pictures": counts["pictures"],
         "characters": characters,
     }
-    Path("metrics").mkdir(exist_ok=True)
-    Path("metrics/split.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    write_metrics("split", metrics)
     print(
         f"split: {metrics['episodes']} episodes, {train + val} decisions, {train} train and {val} val rows, "
         f"about {characters / 4 / 1e6:.2f} M tokens of text (4 characters each) and {counts['pictures']} pictures"

@@ -5,12 +5,11 @@
 To this pipeline the tiny student is what a hub model is: it sees, it answers in form, it cannot play.
 """
 
-import json
 import shutil
 from pathlib import Path
 
 from apprentice import params
-from apprentice.command import WorkError, run
+from apprentice.command import WorkError, run, write_metrics
 
 BASE = Path("models/base")
 
@@ -20,8 +19,7 @@ def main() -> None:
     settings = params.load()
     shutil.rmtree(BASE, ignore_errors=True)
     metrics = hub(settings) if isinstance(settings.student.student, params.HubStudent) else tiny(settings)
-    Path("metrics").mkdir(exist_ok=True)
-    Path("metrics/student.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    write_metrics("student", metrics)
     print("student: " + ", ".join(f"{name} {value:.3g}" for name, value in metrics.items()))
 
 

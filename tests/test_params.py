@@ -175,6 +175,10 @@ def test_1e_5_without_a_point_is_a_number(tmp_path):
             ["profiles.tiny.rl: decisions (20)", "write 64"],
         ),
         (
+            {"teachers__expert__policy": "random", "teachers__expert__rationale": True},
+            ["teachers.expert: rationale: the policy 'random' has no reasons", "set policy: expert"],
+        ),
+        (
             {"split__include_images": False, "profiles__tiny__prompt__mode": "image"},
             ["split.include_images", "profiles.tiny.prompt.mode is 'image'", "set mode to text, or include_images"],
         ),

@@ -27,15 +27,14 @@ SMALL = {
     "profiles.tiny.student.pretraining.frames_per_seed": 10,
     "profiles.tiny.student.pretraining.steps": 40,
     "profiles.tiny.student.pretraining.batch_size": 8,
-    "profiles.tiny.sft.batch_size": 8,
-    "profiles.tiny.sft.epochs": 0.5,
+    "profiles.tiny.sft.epochs": 1,
     "profiles.tiny.sft.eval_steps": 5,
     "profiles.tiny.rl.iterations": 3,
     "profiles.tiny.rl.groups": 2,
     "profiles.tiny.rl.group_size": 3,
     "profiles.tiny.rl.max_steps": 25,
-    "profiles.tiny.rl.decisions": 16,
-    "profiles.tiny.rl.batch_size": 8,
+    "profiles.tiny.rl.decisions": 32,
+    "profiles.tiny.rl.batch_size": 16,
     "profiles.tiny.rl.reward": {"invalid": -1.0},  # so that even this student has something to learn
 }
 

@@ -109,6 +109,15 @@ def test_an_invalid_reply_costs_one_noop_and_the_episode_goes_on():
     assert [step.invalid for step in episode.steps] == ["", "no tool call", ""] * 2
 
 
+def test_an_expert_that_gives_reasons_plays_as_without():
+    silent, telling = one(Scripted("expert"), 4, 80), one(Scripted("expert", rationale=True), 4, 80)
+    assert [step.executed for step in telling.steps] == [step.executed for step in silent.steps]
+    assert {step.reply.message["content"] for step in silent.steps} == {None}
+    said = [step.reply.message["content"] for step in store.from_bytes(store.to_bytes(telling)).steps]
+    assert said[0] == "Collect a sapling from the grass."
+    assert len(set(said)) > 3 and not any(step.invalid for step in telling.steps)
+
+
 def test_more_actions_than_the_prompt_allows_are_an_invalid_reply():
     episode = one(Says(act("do", "do")), max_steps=1, settings=Prompt(max_actions=1))
     assert "at most 1" in episode.steps[0].invalid

@@ -8,7 +8,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from apprentice import local, pretraining, prompt, student
-from apprentice.conversation import batch, encode, pictures, row
+from apprentice.conversation import batch, encode, length, pictures, row
 from apprentice.params import Architecture, Pretraining, Prompt
 from apprentice.play import play
 from apprentice.policy import Scripted
@@ -69,6 +69,14 @@ def test_token_ids_and_pixels_are_those_of_the_processor_itself(tiny, episode, s
         torch.testing.assert_close(mine.pixel_values, theirs["pixel_values"])
 
 
+@pytest.mark.parametrize("settings", [SHOWN, Prompt(mode="text"), Prompt(mode="text+image", scale=3)])
+def test_a_rows_length_is_known_without_encoding_it(tiny, episode, settings):
+    for step in episode.steps[:10]:
+        messages = row(episode, step, settings)["messages"]
+        encoded = encode(tiny[1], messages)
+        assert length(tiny[1], messages) == len(encoded.prompt_ids) + len(encoded.answer_ids)
+
+
 def test_training_rows_begin_with_exactly_what_play_shows(tiny, episode):
     for step in episode.steps:
         trained = encode(tiny[1], row(episode, step, SHOWN)["messages"])
@@ -84,6 +92,16 @@ def test_what_a_row_teaches_is_what_parse_reads(tiny, episode):
         text = tiny[1].tokenizer.decode(encoded.answer_ids[:-1])
         assert prompt.parse({"content": text}).actions == step.asked
         assert encoded.answer_ids[-1] == tiny[1].tokenizer.eos_token_id
+
+
+def test_a_row_teaches_the_reason_only_when_asked_to(tiny):
+    telling = play(Scripted("expert", rationale=True), [3], 5, SHOWN)[0]
+    for step in telling.steps:
+        silent, reasoned = (row(telling, step, SHOWN, rationale) for rationale in (False, True))
+        assert silent["messages"][-1] == prompt.answer(step.asked)
+        answer = tiny[1].tokenizer.decode(encode(tiny[1], reasoned["messages"]).answer_ids[:-1])
+        assert answer.startswith(step.reply.message["content"])
+        assert prompt.parse({"role": "assistant", "content": answer}).actions == step.asked
 
 
 def test_the_loss_is_on_the_answers_only(tiny, episode):

@@ -1,8 +1,10 @@
 """How every command ends: 0; 1 the work failed; 2 bad usage or configuration; 130 interrupted."""
 
 import errno
+import json
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import typer
 
@@ -11,6 +13,13 @@ from apprentice.params import ConfigError
 
 class WorkError(Exception):
     """The work failed; the message says what, why, and what to do. Exit code 1."""
+
+
+def write_metrics(name: str, values: dict) -> None:
+    """Write metrics/<name>.json, which DVC compares between runs."""
+    path = Path(f"metrics/{name}.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(values, indent=2) + "\n")
 
 
 def run(main: Callable[..., None]) -> None:

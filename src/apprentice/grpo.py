@@ -79,13 +79,15 @@ class Trainer(GRPOTrainer):
         super().__init__(model, _no_reward, args=args, train_dataset=rows, processing_class=processor)
 
     def seeds(self, iteration: int) -> list[int]:
-        """The world seeds of an iteration: the next `groups` of the settings' seeds, beginning again at their end."""
-        first = iteration * self.rl.groups
-        return [self.rl.seeds[index % len(self.rl.seeds)] for index in range(first, first + self.rl.groups)]
+        """This rank's world seeds of an iteration: of the next `groups` of the settings' seeds, in turn, its share."""
+        first = iteration * self.rl.groups + self.accelerator.process_index
+        places = range(first, (iteration + 1) * self.rl.groups, self.accelerator.num_processes)
+        return [self.rl.seeds[place % len(self.rl.seeds)] for place in places]
 
     def _generate_and_score_completions(self, inputs) -> dict:
-        iteration = self.state.global_step // (self.args.steps_per_generation * self.num_iterations)
-        generator = np.random.default_rng([self.rl.random_seed, 7, iteration])
+        updates = self.args.steps_per_generation // self.args.gradient_accumulation_steps
+        iteration = self.state.global_step // (updates * self.num_iterations)
+        generator = np.random.default_rng([self.rl.random_seed, 7, iteration, self.accelerator.process_index])
         began = perf_counter()
         merge(self.accelerator.unwrap_model(self.model), self.actor)
         policy = Local(
@@ -106,7 +108,7 @@ class Trainer(GRPOTrainer):
             for start in range(0, len(episodes), size)
             for values in advantages(episodes[start : start + size], self.rl, scores[start : start + size])
         ]
-        self._record(episodes, seconds)
+        self._record(episodes, scores, seconds)
         decisions = [
             (step, advantage)
             for episode, values in zip(episodes, found, strict=True)
@@ -133,8 +135,6 @@ class Trainer(GRPOTrainer):
         if len(known) < len(verdicts):
             why = next(verdict.why_not for verdict in verdicts if verdict.score is None)
             print(f"rl: the judge scored {len(known)} of {len(verdicts)} episodes; {why}", file=sys.stderr)
-        self._metrics["train"]["judge_score"].append(float(np.mean(known)) if known else 0.0)
-        self._metrics["train"]["judge_missing"].append(1 - len(known) / len(verdicts))
         return [verdict.score for verdict in verdicts]
 
     def _rows(self, decisions: list, generator: np.random.Generator) -> dict:
@@ -143,7 +143,7 @@ class Trainer(GRPOTrainer):
         They are drawn in proportion to the size of their advantage, which is divided out again (importance sampling):
         the gradient is that of all decisions, and none is spent on those that hardly matter.
         """
-        wanted = self.rl.decisions
+        wanted = self.rl.decisions // self.accelerator.num_processes
         values = np.array([advantage for _, advantage in decisions])
         sizes = np.abs(values) + 1e-9
         drawn = generator.choice(len(decisions), wanted, p=sizes / sizes.sum())
@@ -195,19 +195,30 @@ class Trainer(GRPOTrainer):
                 },
             )[0]
 
-    def _record(self, episodes: list[Episode], seconds: float) -> None:
-        """What an iteration's play was like, for the log of the trainer."""
-        decisions = sum(len(episode.steps) for episode in episodes)
-        values = {
-            "reward": np.mean([sum(rewards(episode, self.rl.reward)) for episode in episodes]),
-            "achievements": np.mean([len(episode.unlocked) for episode in episodes]),
-            "length": np.mean([episode.length for episode in episodes]),
-            "invalid_rate": sum(bool(step.invalid) for episode in episodes for step in episode.steps) / decisions,
-            "decisions": decisions,
-            "steps_per_second": sum(episode.length for episode in episodes) / seconds,
+    def _record(self, episodes: list[Episode], scores: list[float | None], seconds: float) -> None:
+        """What an iteration's play was like in all ranks, for the log of the trainer."""
+        sums = {
+            "episodes": len(episodes),
+            "reward": sum(sum(rewards(episode, self.rl.reward)) for episode in episodes),
+            "achievements": sum(len(episode.unlocked) for episode in episodes),
+            "length": sum(episode.length for episode in episodes),
+            "invalid": sum(bool(step.invalid) for episode in episodes for step in episode.steps),
+            "decisions": sum(len(episode.steps) for episode in episodes),
+            "judged": sum(score is not None for score in scores),
+            "score": sum(score or 0.0 for score in scores),
+            "seconds": seconds,
         }
+        mine = torch.tensor([list(sums.values())], dtype=torch.float32, device=self.accelerator.device)
+        total = dict(zip(sums, self.accelerator.gather(mine).sum(dim=0).tolist(), strict=True))
+        values = {name: total[name] / total["episodes"] for name in ("reward", "achievements", "length")}
+        values["invalid_rate"] = total["invalid"] / total["decisions"]
+        values["decisions"] = total["decisions"]
+        if self.judge:
+            values["judge_score"] = total["score"] / max(1, total["judged"])
+            values["judge_missing"] = 1 - total["judged"] / total["episodes"]
+        values["steps_per_second"] = total["length"] / (total["seconds"] / self.accelerator.num_processes)
         for name, value in values.items():
-            self._metrics["train"][name].append(float(value))
+            self._metrics["train"][name].append(value)
 
 
 def _no_reward(**kwargs):

@@ -175,6 +175,8 @@ class Teacher(Section):
     """Environment steps after which an episode ends."""
     explore: Fraction = 0.0
     """Share of actions replaced by random ones when executed; the trace keeps the teacher's own as the label."""
+    rationale: bool = False
+    """The expert says in a sentence what it is about to do; the text beside its tool call in the trace."""
     prompt: Prompt = Prompt()
     endpoint: Endpoint | None = None
     """For chat, and only for it."""
@@ -188,6 +190,12 @@ class Teacher(Section):
             raise ValueError("policy chat needs an endpoint: at least a model, and api_key_env (null without a key)")
         elif "mode" not in self.prompt.model_fields_set:
             raise ValueError("policy chat needs prompt.mode, since pictures cost: text+image, image or text")
+        return self
+
+    @model_validator(mode="after")
+    def _has_reasons(self):
+        if self.rationale and self.policy != "expert":
+            raise ValueError(f"rationale: the policy {self.policy!r} has no reasons; remove it, or set policy: expert")
         return self
 
 
@@ -255,6 +263,8 @@ class Split(Section):
     shuffle: bool = True
     """Shuffle the training rows; otherwise they stand in the order of play."""
     include_images: bool = True
+    include_rationale: bool = False
+    """What the teacher said beside its tool call becomes part of the answer that the student learns."""
 
 
 class Architecture(Section):
@@ -299,13 +309,17 @@ class Lora(Section):
     alpha: PositiveInt = 32
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     target_modules: str | Annotated[tuple[str, ...], Field(strict=False)] = "all-linear"
+    """Names of layers, or every linear one."""
+    vision: bool = True
+    """Adapt the vision tower too; without it nothing is computed backwards through it, which saves a fifth."""
 
 
 class Sft(Section):
     epochs: PositiveFloat = 3
     batch_size: PositiveInt = 32
-    """Per device."""
-    gradient_accumulation_steps: PositiveInt = 1
+    """Rows an optimizer step, over all devices."""
+    micro_batch_size: PositiveInt = 16
+    """The most rows that a device takes at once; the number of devices and of accumulation steps follow."""
     max_length: PositiveInt = 2048
     """Tokens; a longer row is counted and dropped, never cut."""
     learning_rate: PositiveFloat = 5e-5
@@ -349,7 +363,9 @@ class Rl(Section):
     epochs: PositiveInt = 1
     """Passes over the decisions of an iteration."""
     batch_size: PositiveInt = 64
-    """Decisions an optimizer step."""
+    """Decisions an optimizer step, over all devices."""
+    micro_batch_size: PositiveInt = 32
+    """The most decisions that a device takes at once; the number of devices and of accumulation steps follow."""
     learning_rate: PositiveFloat = 2e-6
     warmup_ratio: Fraction = 0.1
     lr_scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "constant_with_warmup"

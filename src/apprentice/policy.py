@@ -41,23 +41,29 @@ class Policy(Protocol):
 
 
 class Scripted:
-    """The built-in policies: `random`, `noop` and `expert`. They look at the observation, not at the prompt."""
+    """The built-in policies: `random`, `noop` and `expert`. They look at the observation, not at the prompt.
 
-    def __init__(self, name: str):
-        self.name = name
+    rationale: the expert also says why, as the text beside its tool call.
+    """
+
+    def __init__(self, name: str, rationale: bool = False):
+        self.name, self.rationale = name, rationale
 
     def begin(self, seed: int) -> Player:
-        return _ScriptedPlayer(self.name, {"random": _Random, "noop": _Noop, "expert": Expert}[self.name](), seed)
+        script = {"random": _Random, "noop": _Noop, "expert": Expert}[self.name]()
+        return _ScriptedPlayer(self.name, script, seed, self.rationale)
 
 
 class _ScriptedPlayer:
-    def __init__(self, name: str, script, seed: int):
-        self.name, self.script = name, script
+    def __init__(self, name: str, script, seed: int, rationale: bool):
+        self.name, self.script, self.rationale = name, script, rationale
         if isinstance(script, _Random):
             script.generator = np.random.default_rng([seed, 1])
 
     async def reply(self, turn: Turn) -> Reply:
-        return Reply(prompt.answer([self.script.act(turn.observation)]), "tool_calls", self.name)
+        action = self.script.act(turn.observation)
+        words = self.script.plan.capitalize() + "." if self.rationale else None
+        return Reply(prompt.answer([action], words), "tool_calls", self.name)
 
     def end(self) -> None:
         pass

@@ -37,10 +37,11 @@ def in_processes(work: Callable[..., T], calls: Iterable[tuple]) -> Iterator[T]:
 
 def _begin() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
+    """Wait until the parent of this process has ended, and end too; to be run in a thread."""
     # A worker waits on a pipe whose other end it holds itself, so it would never notice that its parent is gone.
     wait([multiprocessing.parent_process().sentinel])
     os._exit(1)

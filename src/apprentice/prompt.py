@@ -84,11 +84,14 @@ def _inline(data: bytes) -> dict:
     return {"type": "image_url", "image_url": {"url": "data:image/png;base64," + base64.b64encode(data).decode()}}
 
 
-def answer(actions: tuple[str, ...] | list[str]) -> dict:
-    """The assistant message that asks for these actions: what a teacher says and a student learns to say."""
+def answer(actions: tuple[str, ...] | list[str], words: str | None = None) -> dict:
+    """The assistant message that asks for these actions: what a teacher says and a student learns to say.
+
+    words: what it says beside its tool call, its reason for one.
+    """
     arguments = json.dumps({"actions": list(actions)})
     call = {"id": "call_0", "type": "function", "function": {"name": "act", "arguments": arguments}}
-    return {"role": "assistant", "content": None, "tool_calls": [call]}
+    return {"role": "assistant", "content": words, "tool_calls": [call]}
 
 
 def parse(message: dict, max_actions: int | None = None) -> Parsed:
@@ -163,6 +166,11 @@ def png(image: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, format="png", compress_level=6)
     return buffer.getvalue()
+
+
+def png_size(data: bytes) -> tuple[int, int]:
+    """(width, height) of a PNG, read from its header."""
+    return Image.open(io.BytesIO(data)).size
 
 
 def unpng(data: bytes) -> np.ndarray:

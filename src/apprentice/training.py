@@ -9,20 +9,24 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers.trainer_utils import get_last_checkpoint
 
-from apprentice.conversation import batch, encode
+from apprentice.conversation import batch, encode, length
 from apprentice.dataset import Jsonl
 from apprentice.params import Lora
 
 
-class Rows:
-    """Chat rows of a JSONL file, encoded when asked for; those longer than max_length tokens are left out."""
+def fitting(path: Path, processor, max_length: int) -> tuple[list[int], list[int]]:
+    """The places of a file's rows of at most max_length tokens, and the lengths of the others."""
+    lengths = [length(processor, row["messages"]) for row in Jsonl(path)]
+    kept = [place for place, tokens in enumerate(lengths) if tokens <= max_length]
+    return kept, [tokens for tokens in lengths if tokens > max_length]
 
-    def __init__(self, path: Path, processor, max_length: int):
+
+class Rows:
+    """Chat rows of a JSONL file, encoded when asked for."""
+
+    def __init__(self, path: Path, processor, places: list[int]):
         self.processor, self._rows = processor, Jsonl(path)
-        lengths = [_length(processor, row["messages"]) for row in self._rows]
-        kept = [index for index, length in enumerate(lengths) if length <= max_length]
-        self.shortest, self.too_long = min(lengths, default=0), len(lengths) - len(kept)
-        self.dataset = Dataset.from_dict({"row": kept}).with_transform(self._encode)
+        self.dataset = Dataset.from_dict({"row": places}).with_transform(self._encode)
         """What TRL takes; a row is encoded when it is asked for."""
 
     def _encode(self, chosen: dict) -> dict:
@@ -35,15 +39,11 @@ class Rows:
         return batch(self.processor, [row["encoded"] for row in rows])
 
 
-def _length(processor, messages: list[dict]) -> int:
-    """Tokens of a row, those of its pictures included."""
-    encoded = encode(processor, messages)
-    return len(encoded.prompt_ids) + len(encoded.answer_ids)
-
-
 def lora_config(lora: Lora) -> LoraConfig:
+    """PEFT's form of the settings."""
     targets = lora.target_modules
     return LoraConfig(
+        exclude_modules=None if lora.vision else r".*visual.*",
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,

@@ -1,0 +1,64 @@
+"""The ranks of a training stage: one process for each GPU, or for each core where there is none."""
+
+import os
+import socket
+import threading
+from collections.abc import Callable
+
+import torch
+from torch import multiprocessing
+
+from apprentice.processes import cores, end_with_parent
+
+_LEAST = 8
+"""Rows of a batch that a core should have: below that a step is all overhead."""
+
+
+def layout(batch_size: int, micro_batch_size: int, most: int | None = None) -> tuple[int, int, int]:
+    """(ranks, rows at once on each, steps of accumulation) that make up a batch of this size on this machine.
+
+    The product is always batch_size, so that the same settings train alike on any number of devices.
+    most: ranks, where there is no work for more.
+    """
+    devices = torch.cuda.device_count() or max(1, min(cores(), batch_size // _LEAST))
+    devices = min(devices, most or devices)
+    ranks = next(count for count in range(devices, 0, -1) if batch_size % count == 0)
+    share = batch_size // ranks
+    accumulation = next(
+        count for count in range(1, share + 1) if share % count == 0 and share // count <= micro_batch_size
+    )
+    return ranks, share // accumulation, accumulation
+
+
+def launch(work: Callable[..., None], ranks: int, *args) -> None:
+    """Run work(*args) once in each rank, in this process if there is just one.
+
+    torch, accelerate and TRL find their rank in the environment, as torchrun would set it. The first rank that fails
+    ends the others, and its error is raised here. No rank outlives this process.
+    """
+    if ranks == 1:
+        torch.set_num_threads(cores())
+        work(*args)
+        return
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.start_processes(_rank, (work, ranks, port, args), ranks, join=False, start_method="spawn")
+    try:
+        while not context.join():
+            pass
+    except BaseException:
+        for process in context.processes:
+            process.kill()
+        raise
+
+
+def _rank(rank: int, work: Callable[..., None], ranks: int, port: int, args: tuple) -> None:
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    os.environ |= {name: str(rank) for name in ("RANK", "LOCAL_RANK")}
+    os.environ |= {name: str(ranks) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+    torch.set_num_threads(max(1, cores() // ranks))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(rank)
+    work(*args)

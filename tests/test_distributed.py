@@ -1,0 +1,86 @@
+"""Batches are the same on any number of devices; ranks work together, fail together and end together."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from apprentice import distributed
+
+
+@pytest.mark.parametrize("devices", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize(("batch", "micro"), [(32, 16), (32, 1), (30, 7), (16, 64), (1, 8), (7, 3)])
+def test_a_batch_has_its_size_on_any_number_of_devices(monkeypatch, devices, batch, micro):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: devices)
+    ranks, rows, accumulation = distributed.layout(batch, micro)
+    assert ranks * rows * accumulation == batch
+    assert ranks <= devices and rows <= micro
+
+
+def test_cores_share_a_batch_that_is_worth_it(monkeypatch):
+    monkeypatch.setattr(distributed, "cores", lambda: 4)
+    assert distributed.layout(64, 64) == (4, 16, 1)
+    assert distributed.layout(16, 64) == (2, 8, 1)
+    assert distributed.layout(8, 64) == (1, 8, 1)
+    assert distributed.layout(64, 64, most=2) == (2, 32, 1)
+
+
+def add(folder: Path) -> None:
+    torch.distributed.init_process_group("gloo")
+    mine = torch.tensor([torch.distributed.get_rank() + 1])
+    torch.distributed.all_reduce(mine)
+    (folder / str(torch.distributed.get_rank())).write_text(str(mine.item()))
+    torch.distributed.destroy_process_group()
+
+
+def test_ranks_find_each_other(tmp_path):
+    distributed.launch(add, 3, tmp_path)
+    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == dict.fromkeys("012", "6")
+
+
+def fail() -> None:
+    torch.distributed.init_process_group("gloo")
+    if os.environ["RANK"] == "1":
+        raise ValueError("the disk is made of cheese")
+    torch.distributed.barrier()
+    time.sleep(600)
+
+
+def test_a_rank_that_fails_ends_all_with_its_error():
+    began = time.monotonic()
+    with pytest.raises(torch.multiprocessing.ProcessRaisedException, match="the disk is made of cheese"):
+        distributed.launch(fail, 2)
+    assert time.monotonic() - began < 120
+
+
+def wait(folder: Path) -> None:
+    (folder / os.environ["RANK"]).write_text(str(os.getpid()))
+    time.sleep(600)
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_no_rank_outlives_the_parent(tmp_path, how):
+    code = "import sys, pathlib, test_distributed as t; t.distributed.launch(t.wait, 2, pathlib.Path(sys.argv[1]))"
+    process = subprocess.Popen([sys.executable, "-c", code, tmp_path], cwd=Path(__file__).parent)
+    deadline = time.monotonic() + 120
+    while len(files := [file for file in tmp_path.iterdir() if file.read_text()]) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    ranks = [int(file.read_text()) for file in files]
+    process.send_signal(how)
+    process.wait(60)
+    while any(map(alive, ranks)):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def alive(pid: int) -> bool:
+    try:
+        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
