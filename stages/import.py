@@ -6,11 +6,10 @@ What can't be used is counted, with the reason, in metrics/imports/NAME.json. Wh
 metrics/cost/NAME.json says null, where a teacher's has dollars.
 """
 
-import json
 from pathlib import Path
 
 from apprentice import params
-from apprentice.command import WorkError, run
+from apprentice.command import WorkError, run, write_metrics
 
 
 def main(name: str) -> None:
@@ -31,10 +30,8 @@ def main(name: str) -> None:
         store.write(Path(f"data/traces/{name}.parquet"), episodes)
     except imports.NothingUsable as error:
         raise WorkError(f"import {name}: {error}") from None
-    for folder, metrics in (("imports", report.as_dict()), ("cost", {"cost_usd": None})):
-        path = Path(f"metrics/{folder}/{name}.json")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(metrics, indent=2) + "\n")
+    write_metrics(f"imports/{name}", report.as_dict())
+    write_metrics(f"cost/{name}", {"cost_usd": None})
     print(f"import {name}: {imports.summary(report)}")
 
 

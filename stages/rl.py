@@ -18,11 +18,12 @@ OUT = Path("models/rl")
 def main() -> None:
     """Train the adapter models/rl."""
     settings = params.load()
-    profile, rl = settings.student, settings.student.rl
+    profile, judge = settings.student, settings.judge
+    rl = profile.rl
     if rl.reward.judge:
         from apprentice.client import api_key
 
-        api_key(settings.judge.endpoint, "judge.endpoint")  # before hours of play
+        api_key(judge.endpoint, "judge.endpoint")  # before hours of play
 
     from apprentice import distributed
     from apprentice.ledger import cache, code, digest, fingerprint
@@ -30,12 +31,14 @@ def main() -> None:
     sections = {"rl": rl, "prompt": profile.prompt, "sampling": profile.sampling}
     shaping = {name: section.model_dump(mode="json") for name, section in sections.items()}
     if rl.reward.judge:
-        shaping["judge"] = settings.judge.model_dump(mode="json", include={"outcome", "events"})
-        shaping["judge"]["endpoint"] = settings.judge.endpoint.asked
+        shaping["judge"] = judge.model_dump(mode="json", include={"outcome", "events"})
+        shaping["judge"]["endpoint"] = judge.endpoint.asked
     shaping["inputs"] = [digest(Path(folder)) for folder in ("models/base", "models/sft")]
     checkpoints = cache() / "rl" / fingerprint(**shaping, dtype=profile.dtype, code=code(__file__))
-    ranks, rows, accumulation = distributed.layout(rl.batch_size, rl.micro_batch_size, rl.groups)
-    distributed.launch(train, ranks, profile, settings.judge, checkpoints, rows, accumulation)
+    ranks, rows, accumulation = distributed.layout(
+        profile.rl.batch_size, profile.rl.micro_batch_size, profile.rl.groups
+    )
+    distributed.launch(train, ranks, profile, judge, checkpoints, rows, accumulation)
 
 
 def train(profile: params.Profile, judge: params.Judge | None, checkpoints: Path, rows: int, accumulation: int):

@@ -22,10 +22,30 @@ GPT = {
 }
 
 
+MEASURED = {
+    "teachers__expert__seeds": "0-159",
+    "profiles__tiny__prompt__history": 2,
+    "profiles__tiny__student__pretraining__steps": 250,
+    "profiles__tiny__student__pretraining__batch_size": 32,
+    "profiles__tiny__sft__epochs": 1,
+    "profiles__tiny__rl__iterations": 7,
+    "profiles__tiny__rl__groups": 8,
+    "profiles__tiny__rl__group_size": 8,
+    "profiles__tiny__rl__max_steps": 100,
+    "profiles__tiny__rl__decisions": 2560,
+    "benchmark__seeds": "200000-200063",
+    "benchmark__max_steps": 200,
+    "benchmark__agents": ["base", "sft", "rl"],
+}
+"""The settings of the run that LOG.md has the times of, and of the plans."""
+
+
 @pytest.fixture
 def settings(tmp_path):
     def make(**changes) -> params.Params:
         tree = yaml.load((ROOT / "params.yaml").read_text())
+        pinned = {key: value for key, value in MEASURED.items() if key.partition("__")[0] not in changes}
+        changes = pinned | changes
         for path, value in changes.items():
             *parents, key = path.split("__")
             node = tree

@@ -128,6 +128,20 @@ def test_every_assistant_turn_of_a_long_chat_is_a_decision_shown_what_came_right
     assert prompt.unpng(episode.steps[1].observation.png).shape == (16, 16, 3)
 
 
+def test_what_was_said_before_a_call_is_its_reason_however_it_was_written(tmp_path):
+    said, call = "Wood first.", '<tool_call>{"name": "act", "arguments": {"actions": ["noop"]}}</tool_call>'
+    replies = [
+        {"role": "assistant", "content": f"{said} {call}"},
+        {"role": "assistant", "content": [{"type": "text", "text": said}], "tool_calls": NOOP["tool_calls"]},
+        NOOP,
+    ]
+    lines = [{"messages": [user("look"), reply]} for reply in replies]
+    store.write(tmp_path / "trace.parquet", imported(write(tmp_path / "rows.jsonl", *lines))[0])
+    episodes = list(store.read(tmp_path / "trace.parquet"))
+    answers = [conversation.row(e, step, SHOWN, True)["messages"][-1] for e in episodes for step in e.steps]
+    assert answers == [prompt.answer(["noop"], said)] * 2 + [NOOP]
+
+
 def test_pictures_are_encoded_anew(tmp_path):
     """So that nothing of a stranger's file but its pixels gets into ours."""
     buffer = io.BytesIO()

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -207,7 +206,7 @@ def test_the_better_judged_of_two_alike_has_the_advantage(episodes):
 
 
 def trainer(found: Judge | None) -> SimpleNamespace:
-    return SimpleNamespace(judge=found, _judge_has_answered=False, _metrics={"train": defaultdict(list)})
+    return SimpleNamespace(judge=found, _judge_has_answered=False)
 
 
 def test_training_goes_on_when_the_judge_ceases_to_work_and_says_so(episodes, capsys):
@@ -217,7 +216,6 @@ def test_training_goes_on_when_the_judge_ceases_to_work_and_says_so(episodes, ca
         assert Trainer._scores(one, episodes[:2]) == [0.7, 0.3]
         assert Trainer._scores(one, episodes[2:4]) == [None, None]
         assert Trainer._scores(one, episodes[:1] + episodes[4:5]) == [0.7, None]
-        assert one._metrics["train"] == {"judge_score": [0.5, 0.0, 0.7], "judge_missing": [0.0, 1.0, 0.5]}
         assert "scored 1 of 2 episodes" in capsys.readouterr().err
 
 

@@ -108,7 +108,7 @@ class Trainer(GRPOTrainer):
             for start in range(0, len(episodes), size)
             for values in advantages(episodes[start : start + size], self.rl, scores[start : start + size])
         ]
-        self._record(episodes, seconds)
+        self._record(episodes, scores, seconds)
         decisions = [
             (step, advantage)
             for episode, values in zip(episodes, found, strict=True)
@@ -135,8 +135,6 @@ class Trainer(GRPOTrainer):
         if len(known) < len(verdicts):
             why = next(verdict.why_not for verdict in verdicts if verdict.score is None)
             print(f"rl: the judge scored {len(known)} of {len(verdicts)} episodes; {why}", file=sys.stderr)
-        self._metrics["train"]["judge_score"].append(float(np.mean(known)) if known else 0.0)
-        self._metrics["train"]["judge_missing"].append(1 - len(known) / len(verdicts))
         return [verdict.score for verdict in verdicts]
 
     def _rows(self, decisions: list, generator: np.random.Generator) -> dict:
@@ -197,7 +195,7 @@ class Trainer(GRPOTrainer):
                 },
             )[0]
 
-    def _record(self, episodes: list[Episode], seconds: float) -> None:
+    def _record(self, episodes: list[Episode], scores: list[float | None], seconds: float) -> None:
         """What an iteration's play was like in all ranks, for the log of the trainer."""
         sums = {
             "episodes": len(episodes),
@@ -206,6 +204,8 @@ class Trainer(GRPOTrainer):
             "length": sum(episode.length for episode in episodes),
             "invalid": sum(bool(step.invalid) for episode in episodes for step in episode.steps),
             "decisions": sum(len(episode.steps) for episode in episodes),
+            "judged": sum(score is not None for score in scores),
+            "score": sum(score or 0.0 for score in scores),
             "seconds": seconds,
         }
         mine = torch.tensor([list(sums.values())], dtype=torch.float32, device=self.accelerator.device)
@@ -213,6 +213,9 @@ class Trainer(GRPOTrainer):
         values = {name: total[name] / total["episodes"] for name in ("reward", "achievements", "length")}
         values["invalid_rate"] = total["invalid"] / total["decisions"]
         values["decisions"] = total["decisions"]
+        if self.judge:
+            values["judge_score"] = total["score"] / max(1, total["judged"])
+            values["judge_missing"] = 1 - total["judged"] / total["episodes"]
         values["steps_per_second"] = total["length"] / (total["seconds"] / self.accelerator.num_processes)
         for name, value in values.items():
             self._metrics["train"][name].append(value)

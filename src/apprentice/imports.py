@@ -218,6 +218,9 @@ def _turns(line: bytes) -> list[_Turn]:
         elif role in ("tool", "function"):
             shown.append([{"type": "text", "text": _text(content)}])
         elif role == "assistant":
+            if isinstance(content, list):
+                texts = [part.get("text") for part in content if isinstance(part, dict)]
+                content = "".join(text for text in texts if isinstance(text, str))
             answer = {"role": "assistant", "content": content, "tool_calls": message.get("tool_calls")}
             turn = _Turn((), None, answer, model[:100] if isinstance(model, str) else "")
             try:
