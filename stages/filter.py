@@ -1,8 +1,11 @@
-"""filter: keep the episodes and decisions worth imitating; data/filtered.parquet and the funnel metrics/filter.json.
+"""filter: keep the episodes and decisions worth imitating, of all teachers and imports, in data/filtered.parquet.
 
-dvc repro filter        or: python stages/filter.py
+    dvc repro filter        or: python stages/filter.py
+
+metrics/filter.json says what fell where, metrics/teachers.json how good each teacher's play was.
 """
 
+import json
 from pathlib import Path
 
 from apprentice import params
@@ -10,27 +13,70 @@ from apprentice.command import WorkError, run, write_metrics
 
 
 def main() -> None:
-    """Filter the traces of all teachers of params.yaml."""
+    """Filter the traces of all teachers and imports of params.yaml."""
     settings = params.load()
+    judging = settings.filter.min_judge_score is not None
+    if judging:
+        from apprentice.client import api_key
+
+        api_key(settings.judge.endpoint, "judge.endpoint")  # before anything else: it may be missing
 
     from tqdm import tqdm
 
     from apprentice import store
-    from apprentice.quality import Funnel, NothingLeft, select
+    from apprentice.quality import Funnel, NothingLeft, select, to_judge
 
-    funnel = Funnel()
-    episodes = (
-        episode for teacher in settings.teachers for episode in store.read(Path(f"data/traces/{teacher}.parquet"))
-    )
-    total = sum(len(teacher.seeds) for teacher in settings.teachers.values())
+    def episodes(purpose: str):
+        found = (episode for name in sources for episode in store.read(Path(f"data/traces/{name}.parquet")))
+        return tqdm(found, desc=purpose, unit="episode", mininterval=1)
+
+    sources, funnel = [*settings.teachers, *settings.imports], Funnel()
+    scores = {}
+    if judging:
+        from apprentice import judge
+
+        candidates = (episode for episode in episodes("judge") if to_judge(episode, settings.filter))
+        verdicts = judge.scores(candidates, settings.judge)
+        scores = {verdict.episode_id: verdict.score for verdict in verdicts if verdict.score is not None}
+        missing = [verdict.why_not for verdict in verdicts if verdict.score is None]
+        if missing:
+            fate = "kept" if settings.filter.judge_missing == "keep" else "dropped"
+            print(f"filter: {len(missing)} of {len(verdicts)} episodes have no score and are {fate}; {missing[0]}")
     try:
-        bar = tqdm(episodes, total=total, desc="filter", unit="episode", mininterval=1)
-        store.write(Path("data/filtered.parquet"), select(bar, settings.filter, funnel))
+        store.write(Path("data/filtered.parquet"), select(episodes("filter"), settings.filter, funnel, scores))
     except NothingLeft as error:
         raise WorkError(f"filter: {error}") from None
+    costs = {name: json.loads(Path(f"metrics/cost/{name}.json").read_text())["cost_usd"] for name in sources}
+    teachers = {name: quality.as_dict(costs[name]) for name, quality in funnel.teachers.items()}
     write_metrics("filter", funnel.as_dict())
+    write_metrics("teachers", teachers)
+    show(teachers)
     kept, read = funnel.decisions["kept"], funnel.decisions["read"]
     print(f"filter: kept {funnel.episodes['kept']} of {funnel.episodes['read']} episodes, {kept} of {read} decisions")
+
+
+def show(teachers: dict) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    def text(value: float | None, form: str) -> str:
+        return "–" if value is None else format(value, form)
+
+    columns = {
+        "episodes": ("episodes", "d"),
+        "achieved": ("achievements_mean", ".1f"),
+        "steps": ("steps_mean", ".0f"),
+        "invalid": ("invalid_rate", ".1%"),
+        "judged": ("judge_score_mean", ".2f"),
+        "kept": ("kept_decisions", "d"),
+        "$ a kept": ("cost_per_kept_decision_usd", ".5f"),
+    }
+    if all(row["judge_score_mean"] is None for row in teachers.values()):
+        del columns["judged"]
+    table = Table("teacher", *columns, box=None)
+    for name, row in teachers.items():
+        table.add_row(name, *(text(row[key], form) for key, form in columns.values()))
+    Console(width=None).print(table)
 
 
 if __name__ == "__main__":

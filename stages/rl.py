@@ -17,23 +17,31 @@ OUT = Path("models/rl")
 
 def main() -> None:
     """Train the adapter models/rl."""
-    profile = params.load().student
+    settings = params.load()
+    profile, judge = settings.student, settings.judge
     rl = profile.rl
+    if rl.reward.judge:
+        from apprentice.client import api_key
+
+        api_key(judge.endpoint, "judge.endpoint")  # before hours of play
 
     from apprentice import distributed
     from apprentice.ledger import cache, code, digest, fingerprint
 
     sections = {"rl": rl, "prompt": profile.prompt, "sampling": profile.sampling}
     shaping = {name: section.model_dump(mode="json") for name, section in sections.items()}
+    if rl.reward.judge:
+        shaping["judge"] = judge.model_dump(mode="json", include={"outcome", "events"})
+        shaping["judge"]["endpoint"] = judge.endpoint.asked
     shaping["inputs"] = [digest(Path(folder)) for folder in ("models/base", "models/sft")]
     checkpoints = cache() / "rl" / fingerprint(**shaping, dtype=profile.dtype, code=code(__file__))
     ranks, rows, accumulation = distributed.layout(
         profile.rl.batch_size, profile.rl.micro_batch_size, profile.rl.groups
     )
-    distributed.launch(train, ranks, profile, checkpoints, rows, accumulation)
+    distributed.launch(train, ranks, profile, judge, checkpoints, rows, accumulation)
 
 
-def train(profile: params.Profile, checkpoints: Path, rows: int, accumulation: int):
+def train(profile: params.Profile, judge: params.Judge | None, checkpoints: Path, rows: int, accumulation: int):
     """What each rank does. rows: decisions at once, in each rank."""
     import torch
     from trl import GRPOConfig
@@ -75,7 +83,7 @@ def train(profile: params.Profile, checkpoints: Path, rows: int, accumulation: i
         seed=rl.random_seed,
         report_to="none",
     )
-    trainer = Trainer(model, actor, processor, rl, profile.prompt, profile.sampling, arguments)
+    trainer = Trainer(model, actor, processor, rl, profile.prompt, profile.sampling, arguments, judge)
     trainer.train(resume_from_checkpoint=training.last_checkpoint(checkpoints))
     if not trainer.is_world_process_zero():
         return
@@ -87,6 +95,8 @@ def train(profile: params.Profile, checkpoints: Path, rows: int, accumulation: i
     columns |= {"clip_ratio/region_mean": "clip_fraction", "steps_per_second": "steps_per_second"}
     if rl.kl_coefficient:
         columns["kl"] = "kl"
+    if rl.reward.judge:
+        columns |= {"judge_score": "judge_score", "judge_missing": "judge_missing"}
     history = [entry for entry in trainer.state.log_history if "reward" in entry]
     training.write_curve(Path("metrics/plots/rl.csv"), history, columns)
     first, last = history[0], history[-1]

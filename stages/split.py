@@ -3,7 +3,7 @@
 dvc repro split        or: python stages/split.py
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 
 from apprentice import params
@@ -17,44 +17,61 @@ def main() -> None:
 
     from tqdm import tqdm
 
-    from apprentice import conversation, dataset, store
+    from apprentice import conversation, dataset, prompt, store
 
     source = Path("data/filtered.parquet")
     achievements = defaultdict(list)
     for seed, unlocked in store.outcomes(source):
         achievements[seed].append(unlocked)
+    # What was played on an unknown world may be next to anything: it is never validated on.
+    unknown = achievements.pop(None, [])
     means = {seed: sum(counts) / len(counts) for seed, counts in achievements.items()}
     try:
         held_out = dataset.held_out(means, split.val_fraction, split.random_seed)
     except ValueError as error:
-        raise WorkError(f"split: {error}") from None
-    characters = 0
+        hint = "; imported rows are only trained on unless their metadata has a seed" if unknown else ""
+        raise WorkError(f"split: {error}{hint}") from None
+    characters, counts = 0, Counter()
 
     def rows(validation: bool):
         nonlocal characters
+        system = prompt.system(shown_with)
         for episode in tqdm(store.read(source), desc="val" if validation else "train", unit="episode", mininterval=1):
             if (episode.seed in held_out) == validation:
                 for step in episode.steps:
+                    if step.invalid:
+                        counts["invalid"] += 1  # kept by the filter's settings, but no target to learn
+                        continue
                     row = conversation.row(episode, step, shown_with, split.include_rationale)
                     characters += conversation.characters(row["messages"])
+                    counts["pictures"] += row["metadata"]["has_image"]
+                    counts["imported"] += episode.imported
+                    counts["other_prompt"] += row["messages"][0]["content"] != system
                     yield row
 
     train = dataset.write_jsonl(Path("data/sft/train.jsonl"), rows(False), split.random_seed if split.shuffle else None)
     val = dataset.write_jsonl(Path("data/sft/val.jsonl"), rows(True))
-    pictures = 0 if shown_with.mode == "text" else train + val
     metrics = {
-        "episodes": sum(map(len, achievements.values())),
+        "episodes": sum(map(len, achievements.values())) + len(unknown),
         "train_rows": train,
         "val_rows": val,
         "val_seeds": len(held_out),
-        "pictures": pictures,
+        "imported_rows": counts["imported"],
+        "imported_rows_with_another_system_prompt": counts["other_prompt"],
+        "invalid_left_out": counts["invalid"],
+        "pictures": counts["pictures"],
         "characters": characters,
     }
     write_metrics("split", metrics)
     print(
         f"split: {metrics['episodes']} episodes, {train + val} decisions, {train} train and {val} val rows, "
-        f"about {characters / 4 / 1e6:.2f} M tokens of text (4 characters each) and {pictures} pictures"
+        f"about {characters / 4 / 1e6:.2f} M tokens of text (4 characters each) and {counts['pictures']} pictures"
     )
+    if counts["other_prompt"]:
+        print(
+            f"split: {counts['other_prompt']} imported rows have another system prompt than the one that the student "
+            "will be asked with; they are used as they came, having nothing to be rendered from"
+        )
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from apprentice import distributed
+from apprentice.command import WorkError
+from apprentice.params import ConfigError
 
 
 @pytest.mark.parametrize("devices", [1, 2, 3, 4, 8])
@@ -56,6 +58,30 @@ def test_a_rank_that_fails_ends_all_with_its_error():
     with pytest.raises(torch.multiprocessing.ProcessRaisedException, match="the disk is made of cheese"):
         distributed.launch(fail, 2)
     assert time.monotonic() - began < 120
+
+
+def refuse() -> None:
+    if os.environ["RANK"] == "1":
+        raise ConfigError("profiles.x is no good")
+    time.sleep(600)
+
+
+def test_an_error_of_ours_is_said_once_and_keeps_its_exit_code(capfd):
+    with pytest.raises(SystemExit) as stopped:
+        distributed.launch(refuse, 2)
+    assert stopped.value.code == 2
+    assert capfd.readouterr().err.count("profiles.x is no good") == 1
+
+
+def die() -> None:
+    if os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(600)
+
+
+def test_a_killed_rank_ends_the_work():
+    with pytest.raises(WorkError, match="rank 1 was ended by SIGKILL"):
+        distributed.launch(die, 2)
 
 
 def wait(folder: Path) -> None:

@@ -16,7 +16,7 @@ yaml = YAML(typ="safe")
 PIPELINE = yaml.load((ROOT / "dvc.yaml").read_text())["stages"]
 STAGES = {name: stage.get("do", stage) for name, stage in PIPELINE.items()}
 NOUNS = {"params", "episode", "world", "game", "picture", "terrain", "compiled", "prompt", "policy", "expert", "ledger"}
-NOUNS |= {"store", "processes", "torchvision_operators", "command"}
+NOUNS |= {"store", "processes", "torchvision_operators", "command", "client", "prices"}
 
 
 def test_imports_go_down_only():
@@ -34,7 +34,7 @@ def test_no_stage_imports_another():
 
 def test_only_faces_load_the_parameters():
     for module in PACKAGE.glob("*.py"):
-        if module.stem not in ("params",):
+        if module.stem not in ("params", "cli"):
             assert "params.load(" not in module.read_text(), module.name
 
 
@@ -60,6 +60,8 @@ def repository(tmp_path_factory) -> Path:
         "    out.parent.mkdir(parents=True, exist_ok=True)\n"
         "    out.write_text(str(uuid.uuid4()))\n"
     )
+    (top / "others.jsonl").touch()
+    with_import(top, "others", "others.jsonl")
     pipeline = yaml.load((ROOT / "dvc.yaml").read_text())
     for stage in pipeline["stages"].values():
         stage = stage.get("do", stage)
@@ -73,6 +75,13 @@ def repository(tmp_path_factory) -> Path:
     return top
 
 
+def with_import(top: Path, name: str, file: str) -> None:
+    tree = yaml.load((top / "params.yaml").read_text())
+    tree["imports"][name] = {"file": file}
+    with (top / "params.yaml").open("w") as out:
+        yaml.dump(tree, out)
+
+
 def rerun(top: Path) -> set[str]:
     """The stages that `dvc repro` runs."""
     done = subprocess.run([*DVC, "repro"], cwd=top, capture_output=True, text=True)
@@ -83,7 +92,8 @@ def rerun(top: Path) -> set[str]:
 def after(*changed: str) -> set[str]:
     """These stages and all that depend on them."""
     next_ones = {
-        "collect@expert": "filter", "filter": "split", "split": "sft", "student": "sft", "sft": "rl", "rl": "benchmark",
+        "collect@expert": "filter", "import@others": "filter",
+        "filter": "split", "split": "sft", "student": "sft", "sft": "rl", "rl": "benchmark",
     }  # fmt: skip
     found = set(changed)
     for _ in next_ones:
@@ -104,6 +114,7 @@ def after(*changed: str) -> set[str]:
         ("profiles.tiny.sft.learning_rate", 1e-3, {"sft"}),
         ("profiles.tiny.rl.learning_rate", 1e-4, {"rl"}),
         ("benchmark.max_steps", 100, {"benchmark"}),
+        ("benchmark.seeds", "200000-200031", {"import@others", "benchmark"}),
         ("profiles.qwen2b.sft.learning_rate", 1e-3, set()),
     ],
 )
@@ -126,7 +137,8 @@ def test_a_changed_module_reruns_the_stages_that_import_it_and_nothing_else(repo
     file.write_text(file.read_text() + "\n# changed\n")
     path = f"src/apprentice/{module}"
     users = {name for name in STAGES if path in closure(ROOT / "stages" / f"{name}.py")}
-    assert rerun(repository) == after(*(f"{name}@expert" if name == "collect" else name for name in users))
+    of_each = {"collect": "collect@expert", "import": "import@others"}
+    assert rerun(repository) == after(*(of_each.get(name, name) for name in users))
 
 
 def test_nothing_reruns_when_nothing_changed(repository):
@@ -140,3 +152,14 @@ def test_another_teacher_runs_alone_and_goes_into_the_filter(repository):
     with file.open("w") as out:
         yaml.dump(tree, out)
     assert rerun(repository) == {"collect@monkey"} | after("filter")
+
+
+def test_another_import_is_read_alone_and_goes_into_the_filter(repository):
+    (repository / "friends.jsonl").touch()
+    with_import(repository, "friends", "friends.jsonl")
+    assert rerun(repository) == {"import@friends"} | after("filter")
+
+
+def test_a_changed_file_of_an_import_reruns_that_import(repository):
+    (repository / "others.jsonl").write_text("changed")
+    assert rerun(repository) == after("import@others")

@@ -13,6 +13,7 @@ from apprentice import params
 ROOT = Path(__file__).parent.parent
 STAGES = sorted((ROOT / "stages").glob("*.py"))
 TEACHER = {"policy": "random", "seeds": "0-4"}
+CHAT = {"policy": "chat", "seeds": "0-4", "prompt": {"mode": "image"}, "endpoint": {"model": "m", "api_key_env": "KEY"}}
 REMOVED = object()
 
 
@@ -132,9 +133,12 @@ def test_1e_5_without_a_point_is_a_number(tmp_path):
         ({"teachers__expert__max_steps": 0}, ["teachers.expert.max_steps", "greater than or equal to 1"]),
         ({"teachers__expert__max_steps": 10_001}, ["teachers.expert.max_steps", "10000"]),
         ({"teachers__expert__explore": 1.5}, ["teachers.expert.explore", "less than or equal to 1"]),
-        ({"teachers__expert__policy": "gpt"}, ["teachers.expert.policy", "'expert', 'random' or 'noop'", "'gpt'"]),
+        (
+            {"teachers__expert__policy": "gpt"},
+            ["teachers.expert.policy", "'expert', 'random', 'noop' or 'chat'", "'gpt'"],
+        ),
         ({"teachers__expert": None}, ["teachers.expert", "None"]),
-        ({"teachers": {}}, ["teachers", "at least 1"]),
+        ({"teachers": {}}, ["neither a teacher nor an import"]),
         ({"filter__detect_loops": True}, ["filter.detect_loops", "'off', 'decision' or 'episode'"]),
         ({"split__val_fraction": 1}, ["split.val_fraction", "less than 1"]),
         ({"benchmark__agents": ["rl", "rll"]}, ["benchmark.agents.1", "'rll'"]),
@@ -192,6 +196,58 @@ def test_an_error_names_the_key_and_the_remedy(tmp_path, changes, said):
     assert len(message.splitlines()) == 1
 
 
+def chat(**endpoint) -> dict:
+    return CHAT | {"endpoint": CHAT["endpoint"] | endpoint}
+
+
+@pytest.mark.parametrize(
+    ("teacher", "said"),
+    [
+        ({**TEACHER, "endpoint": CHAT["endpoint"]}, ["teachers.x: endpoint is only for policy chat", "random"]),
+        ({**CHAT, "endpoint": None}, ["teachers.x: policy chat needs an endpoint", "model", "api_key_env"]),
+        (
+            {**CHAT, "prompt": {"history": 2}},
+            ["teachers.x: policy chat needs prompt.mode", "text+image, image or text"],
+        ),
+        ({**CHAT, "endpoint": {"model": "m"}}, ["teachers.x.endpoint.api_key_env: is required"]),
+        (chat(modle="m"), ["teachers.x.endpoint.modle: unknown key", "model", "max_cost_usd"]),
+        (chat(temperature=-1), ["teachers.x.endpoint.temperature", "-1"]),
+        (chat(max_tokens_field="tokens"), ["teachers.x.endpoint.max_tokens_field", "'max_completion_tokens'"]),
+        (chat(base_url="api.openai.com"), ["teachers.x.endpoint.base_url: is not a URL", "https://api.openai.com/v1"]),
+        (chat(max_cost_usd=1.0), ["teachers.x.endpoint: max_cost_usd needs max_tokens"]),
+        (chat(extra_body={"n": 2, "max_tokens": 9}), ["teachers.x.endpoint: extra_body may not hold max_tokens, n"]),
+        (chat(concurrency=0), ["teachers.x.endpoint.concurrency", "greater than or equal to 1"]),
+        (chat(max_failure_rate=2), ["teachers.x.endpoint.max_failure_rate", "less than or equal to 1"]),
+        (chat(price={"input": 1.0}), ["teachers.x.endpoint.price.output: is required"]),
+    ],
+    ids=lambda value: "" if isinstance(value, dict) else value[0],
+)
+def test_a_chat_teachers_error_names_the_key_and_the_remedy(tmp_path, teacher, said):
+    message = error(tmp_path, teachers__x=teacher)
+    for part in said:
+        assert part in message
+    assert len(message.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("api_key_env", "sk-s3cret"),
+        ("api_key_env", ["sk-s3cret"]),
+        ("base_url", "https://me:s3cret@example.com/v1"),
+        ("base_url", "https://example.com/v1?key=s3cret"),
+        ("base_url", "https://example.com/v1#s3cret"),
+        ("base_url", "s3cret"),
+        ("base_url", ["s3cret"]),
+        ("api_key", "s3cret"),
+    ],
+)
+def test_a_secret_in_the_file_is_refused_and_not_repeated(tmp_path, key, value):
+    message = error(tmp_path, teachers__x=chat(**{key: value}))
+    assert f"teachers.x.endpoint.{key}: " in message
+    assert "s3cret" not in message
+
+
 def test_all_errors_are_told_at_once(tmp_path):
     message = error(tmp_path, filter__min_unique_states=-1, benchmark__max_steps=0)
     assert "filter.min_unique_states" in message
@@ -237,6 +293,15 @@ def test_the_key_in_an_error_is_a_key_of_the_file(tmp_path):
         assert "profiles.tiny.sft.lora.target_modules: " in line
 
 
+def test_the_teachers_in_comments_are_ready_to_use(tmp_path):
+    lines = (ROOT / "params.yaml").read_text().splitlines()
+    path = tmp_path / "params.yaml"
+    path.write_text("\n".join(line.replace("#", "", 1) if line.startswith("#  ") else line for line in lines))
+    teachers = params.load(path).teachers
+    assert list(teachers) == ["expert", "gpt_4o_mini", "qwen3_vl"]
+    assert teachers["qwen3_vl"].endpoint.base_url == "http://localhost:8000/v1"
+
+
 def test_teachers_may_share_seeds(tmp_path):
     path = changed(tmp_path, teachers={"one": TEACHER, "two": TEACHER | {"explore": 0.5}})
     assert set(params.load(path).teachers) == {"one", "two"}
@@ -269,7 +334,7 @@ def test_without_a_file_the_error_says_where_to_run(tmp_path, monkeypatch):
 @pytest.mark.parametrize("file", STAGES, ids=lambda file: file.stem)
 def test_a_stage_ends_with_code_2_before_it_touches_anything(tmp_path, file):
     changed(tmp_path, benchmark__seeds="9-5")
-    arguments = ["expert"] if file.stem == "collect" else []
+    arguments = ["expert"] if file.stem in ("collect", "import") else []
     ended = stage(file, *arguments, folder=tmp_path)
     assert ended.returncode == 2, ended.stderr
     assert "params.yaml: benchmark.seeds: the range 9-5 runs backwards" in ended.stderr

@@ -1,5 +1,6 @@
 """How every command ends: 0; 1 the work failed; 2 bad usage or configuration; 130 interrupted."""
 
+import errno
 import json
 import sys
 from collections.abc import Callable
@@ -17,7 +18,7 @@ class WorkError(Exception):
 def write_metrics(name: str, values: dict) -> None:
     """Write metrics/<name>.json, which DVC compares between runs."""
     path = Path(f"metrics/{name}.json")
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(values, indent=2) + "\n")
 
 
@@ -36,6 +37,10 @@ def guarded(application: Callable[..., None]) -> None:
         _stop(str(error), 2)
     except WorkError as error:
         _stop(str(error), 1)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        _stop(f"the disk is full ({error}); make room and run the same command again", 1)
     except KeyboardInterrupt:
         # DVC itself ignores Ctrl-C and waits: exit code 0 would make it lock a partial output.
         _stop("interrupted; run the same command again to continue", 130)

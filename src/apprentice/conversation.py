@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from apprentice import prompt
-from apprentice.episode import Episode, Step
+from apprentice.episode import Episode, Given, Step
 from apprentice.params import Prompt
 
 
@@ -16,17 +16,24 @@ def row(episode: Episode, step: Step, settings: Prompt, rationale: bool = False)
     """One decision of an episode as a row for fine-tuning, in OpenAI's chat form, rendered with these settings.
 
     The answer is what the teacher asked for, whatever exploration made of it; the actions shown as the last ones are
-    those executed. rationale: with what it said beside its tool call.
+    those executed. An imported decision is shown as it came, not with these settings. rationale: with what it said
+    before its tool call.
     """
-    words = (step.reply.message.get("content") or None) if rationale else None
+    if isinstance(step.observation, Given):
+        shown, has_image = prompt.given(step.observation), step.observation.png is not None
+    else:
+        shown, has_image = prompt.messages(step.observation, settings, step.history), settings.mode != "text"
+    # A call written as text (Hermes) stands in the content too, and is not to be said twice.
+    words = (step.reply.message.get("content") or "").split("<tool_call>")[0].strip() if rationale else ""
     return {
-        "messages": [*prompt.messages(step.observation, settings, step.history), prompt.answer(step.asked, words)],
+        "messages": [*shown, prompt.answer(step.asked, words or None)],
         "tools": prompt.TOOLS,
         "metadata": {
             "episode_id": episode.id,
             "step": step.step,
             "seed": episode.seed,
-            "has_image": settings.mode != "text",
+            "has_image": has_image,
+            "teacher": episode.agent,
             "model": step.reply.model,
         },
     }
@@ -71,13 +78,25 @@ class Encoded:
     """int64, (pictures, 3): patches in time, height and width."""
 
 
+def _tokens(processor, messages: list[dict]) -> tuple[list[int], list[int]]:
+    """Token ids of the prompt, one for each picture, and of the answer, if the last message is the assistant's."""
+    answered = messages[-1]["role"] == "assistant"
+    shown = messages[:-1] if answered else messages
+    before = processor.apply_chat_template(shown, tools=prompt.TOOLS, add_generation_prompt=True, tokenize=False)
+    ids = processor.tokenizer(before, add_special_tokens=False)["input_ids"]
+    if not answered:
+        return ids, []
+    whole = processor.apply_chat_template(messages, tools=prompt.TOOLS, tokenize=False)
+    # The template ends a turn with a line break that the model never says.
+    answer = whole[len(before) :].removesuffix("\n")
+    return ids, processor.tokenizer(answer, add_special_tokens=False)["input_ids"]
+
+
 def length(processor, messages: list[dict]) -> int:
-    """How many tokens `encode` would give for an answered chat; its pictures are opened only to see their size."""
+    """How many tokens `encode` would give for these messages, their pictures opened only to see how large they are."""
     images, sizes = processor.image_processor, [prompt.png_size(data) for data in _pngs(messages)]
     patches = sum(images.get_number_of_image_patches(height, width) for width, height in sizes)
-    whole = processor.apply_chat_template(messages, tools=prompt.TOOLS, tokenize=False).removesuffix("\n")
-    words = len(processor.tokenizer(whole, add_special_tokens=False)["input_ids"])
-    return words - len(sizes) + patches // images.merge_size**2
+    return sum(map(len, _tokens(processor, messages))) - len(sizes) + patches // images.merge_size**2
 
 
 def encode(processor, messages: list[dict], images: Sequence[np.ndarray] | None = None) -> Encoded:
@@ -87,15 +106,7 @@ def encode(processor, messages: list[dict], images: Sequence[np.ndarray] | None 
     decoded; otherwise they are decoded from the messages.
     """
     images = pictures(messages) if images is None else images
-    answered = messages[-1]["role"] == "assistant"
-    shown = messages[:-1] if answered else messages
-    before = processor.apply_chat_template(shown, tools=prompt.TOOLS, add_generation_prompt=True, tokenize=False)
-    prompt_ids = processor.tokenizer(before, add_special_tokens=False)["input_ids"]
-    answer_ids = []
-    if answered:
-        whole = processor.apply_chat_template(messages, tools=prompt.TOOLS, tokenize=False)
-        # The template ends a turn with a line break that the model never says.
-        answer_ids = processor.tokenizer(whole[len(before) :].removesuffix("\n"), add_special_tokens=False)["input_ids"]
+    prompt_ids, answer_ids = _tokens(processor, messages)
     if not images:
         return Encoded(prompt_ids, answer_ids, None, None)
     vision = processor.image_processor(images=list(images), return_tensors="pt")

@@ -1,13 +1,17 @@
 """The ranks of a training stage: one process for each GPU, or for each core where there is none."""
 
 import os
+import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable
 
 import torch
 from torch import multiprocessing
 
+from apprentice.command import WorkError
+from apprentice.params import ConfigError
 from apprentice.processes import cores, end_with_parent
 
 _LEAST = 8
@@ -34,7 +38,7 @@ def launch(work: Callable[..., None], ranks: int, *args) -> None:
     """Run work(*args) once in each rank, in this process if there is just one.
 
     torch, accelerate and TRL find their rank in the environment, as torchrun would set it. The first rank that fails
-    ends the others, and its error is raised here. No rank outlives this process.
+    ends the others, and this process with the same exit code or its error. No rank outlives this process.
     """
     if ranks == 1:
         torch.set_num_threads(cores())
@@ -47,10 +51,16 @@ def launch(work: Callable[..., None], ranks: int, *args) -> None:
     try:
         while not context.join():
             pass
-    except BaseException:
+    except multiprocessing.ProcessExitedException as error:
+        if error.exit_code > 0:
+            sys.exit(error.exit_code)  # it has said why
+        name = signal.Signals(-error.exit_code).name
+        raise WorkError(
+            f"rank {error.error_index} was ended by {name}; SIGKILL may mean that memory was full"
+        ) from None
+    finally:
         for process in context.processes:
             process.kill()
-        raise
 
 
 def _rank(rank: int, work: Callable[..., None], ranks: int, port: int, args: tuple) -> None:
@@ -61,4 +71,8 @@ def _rank(rank: int, work: Callable[..., None], ranks: int, port: int, args: tup
     torch.set_num_threads(max(1, cores() // ranks))
     if torch.cuda.is_available():
         torch.cuda.set_device(rank)
-    work(*args)
+    try:
+        work(*args)
+    except (ConfigError, WorkError) as error:
+        print(error, file=sys.stderr, flush=True)
+        sys.exit(2 if isinstance(error, ConfigError) else 1)

@@ -23,14 +23,27 @@ class Reply:
 
 
 @dataclass(frozen=True)
+class Given:
+    """What an imported decision was shown: a chat as it came. The observation behind it is not known."""
+
+    messages: tuple[dict, ...]
+    """OpenAI chat messages, system and user, with {"type": "image"} in the picture's place."""
+    png: bytes | None
+    """The picture, None where there was none."""
+
+
+@dataclass(frozen=True)
 class Step:
-    """One decision: what was seen, what was answered, what came of it."""
+    """One decision: what was seen, what was answered, what came of it.
+
+    What came of an imported decision is not known: it is zero and empty here, null in files.
+    """
 
     step: int
     """Environment steps before this decision."""
     history: tuple[str, ...]
     """The actions executed before it, the last HISTORY of them at most."""
-    observation: Observation
+    observation: Observation | Given
     """Before the first action; this is what the policy was shown."""
     reply: Reply
     asked: tuple[str, ...]
@@ -51,14 +64,23 @@ class Step:
 @dataclass(frozen=True)
 class Episode:
     agent: str
-    seed: int
+    """The teacher's name, or that of the import."""
+    seed: int | None
+    """Of the world; None for an import that does not say."""
     steps: tuple[Step, ...] = field(repr=False)
     prompt: str = ""
     """The settings of the prompt it was shown with, as JSON."""
+    name: str = ""
+    """What an imported episode was called where it comes from."""
 
     @property
     def id(self) -> str:
-        return f"{self.agent}-{self.seed}"
+        return f"{self.agent}-{self.name or self.seed}"
+
+    @property
+    def imported(self) -> bool:
+        """Known by what was shown and answered alone, and perhaps not in full."""
+        return any(isinstance(step.observation, Given) for step in self.steps)
 
     @property
     def length(self) -> int:

@@ -1,5 +1,6 @@
 """GRPO on the student's own play: TRL's trainer, with rollouts through `play` and an advantage for each decision."""
 
+import sys
 from collections.abc import Sequence
 from time import perf_counter
 
@@ -13,22 +14,27 @@ from trl.trainer.utils import use_adapter
 from apprentice.conversation import batch
 from apprentice.episode import Episode
 from apprentice.local import Local
-from apprentice.params import Prompt, Rl, Sampling
+from apprentice.params import ConfigError, Judge, Prompt, Rl, Sampling
 from apprentice.play import play
-from apprentice.reward import returns, rewards
+from apprentice.reward import returns, rewards, with_mean
 
 
-def advantages(group: Sequence[Episode], settings: Rl) -> list[np.ndarray]:
+def advantages(
+    group: Sequence[Episode], settings: Rl, scores: Sequence[float | None] | None = None
+) -> list[np.ndarray]:
     """An advantage for each decision of episodes played on the same world seed.
 
     The discounted return from a decision on, less its mean over the group at the same decision (an episode that has
     ended has nothing more to come), divided by the standard deviation within the group. DeepSeekMath (arXiv 2402.03300)
     normalises one outcome for each answer; an episode has hundreds of answers, and most come before what they lead to.
+
+    scores: the judge's, None for an episode without one.
     """
+    scores = with_mean(scores or [None] * len(group))
     longest = max(len(episode.steps) for episode in group)
     table = np.zeros((len(group), longest))
-    for row, episode in zip(table, group, strict=True):
-        row[: len(episode.steps)] = returns(rewards(episode, settings.reward), settings.discount)
+    for row, episode, score in zip(table, group, scores, strict=True):
+        row[: len(episode.steps)] = returns(rewards(episode, settings.reward, score), settings.discount)
     centred = table - table.mean(axis=0)
     alive = np.concatenate([row[: len(episode.steps)] for row, episode in zip(centred, group, strict=True)])
     centred /= alive.std() + 1e-6
@@ -99,9 +105,24 @@ class Trainer(GRPOTrainer):
     Losses, clipping, the KL divergence to a frozen copy of the adapter, optimizer and checkpoints are TRL's.
     """
 
-    def __init__(self, model, actor, processor, settings: Rl, shown_with: Prompt, sampling: Sampling, args: GRPOConfig):
-        """model: with the adapter to train. actor: the base model once more, which plays with the adapter merged."""
+    def __init__(
+        self,
+        model,
+        actor,
+        processor,
+        settings: Rl,
+        shown_with: Prompt,
+        sampling: Sampling,
+        args: GRPOConfig,
+        judge: Judge | None = None,
+    ):
+        """model: with the adapter to train. actor: the base model once more, which plays with the adapter merged.
+
+        judge: asked if its weight in the reward is not 0.
+        """
         self.actor, self.rl, self.shown_with, self.sampling = actor, settings, shown_with, sampling
+        self.judge = judge if settings.reward.judge else None
+        self._judge_has_answered = False
         # TRL walks through a data set of prompts; ours come from the world, so its rows only count.
         rows = Dataset.from_dict({"prompt": ["play"] * args.generation_batch_size})
         super().__init__(model, _no_reward, args=args, train_dataset=rows, processing_class=processor)
@@ -129,9 +150,14 @@ class Trainer(GRPOTrainer):
         size = self.rl.group_size
         seeds = [seed for seed in self.seeds(iteration) for _ in range(size)]
         episodes = play(policy, seeds, self.rl.max_steps, self.shown_with)
-        groups = [episodes[start : start + size] for start in range(0, len(episodes), size)]
-        found = [values for group in groups for values in advantages(group, self.rl)]
-        self._record(episodes, perf_counter() - began)
+        seconds = perf_counter() - began
+        scores = self._scores(episodes)
+        found = [
+            values
+            for start in range(0, len(episodes), size)
+            for values in advantages(episodes[start : start + size], self.rl, scores[start : start + size])
+        ]
+        self._record(episodes, scores, seconds)
         decisions = [
             (step, advantage)
             for episode, values in zip(episodes, found, strict=True)
@@ -140,6 +166,25 @@ class Trainer(GRPOTrainer):
         # TRL shuffles the rows next. A resumed run has drawn other numbers by now than one that was never killed.
         torch.manual_seed(int(generator.integers(2**62)))
         return self._rows(decisions, generator)
+
+    def _scores(self, episodes: list[Episode]) -> list[float | None]:
+        """The judge's scores. A judge that does not work at all is an error; that it ceases to is no reason to stop."""
+        if self.judge is None:
+            return [None] * len(episodes)
+        from apprentice import judge
+
+        try:
+            verdicts = judge.scores(episodes, self.judge)
+        except ConfigError as error:
+            if not self._judge_has_answered:
+                raise
+            verdicts = [judge.Verdict(episode.id, None, str(error)) for episode in episodes]
+        known = [verdict.score for verdict in verdicts if verdict.score is not None]
+        self._judge_has_answered |= bool(known)
+        if len(known) < len(verdicts):
+            why = next(verdict.why_not for verdict in verdicts if verdict.score is None)
+            print(f"rl: the judge scored {len(known)} of {len(verdicts)} episodes; {why}", file=sys.stderr)
+        return [verdict.score for verdict in verdicts]
 
     def _rows(self, decisions: list, generator: np.random.Generator) -> dict:
         """As many decisions as an iteration trains on, in the form that TRL's loss takes.
@@ -199,7 +244,7 @@ class Trainer(GRPOTrainer):
                 },
             )[0]
 
-    def _record(self, episodes: list[Episode], seconds: float) -> None:
+    def _record(self, episodes: list[Episode], scores: list[float | None], seconds: float) -> None:
         """What an iteration's play was like in all ranks, for the log of the trainer."""
         sums = {
             "episodes": len(episodes),
@@ -208,6 +253,8 @@ class Trainer(GRPOTrainer):
             "length": sum(episode.length for episode in episodes),
             "invalid": sum(bool(step.invalid) for episode in episodes for step in episode.steps),
             "decisions": sum(len(episode.steps) for episode in episodes),
+            "judged": sum(score is not None for score in scores),
+            "score": sum(score or 0.0 for score in scores),
             "seconds": seconds,
         }
         mine = torch.tensor([list(sums.values())], dtype=torch.float32, device=self.accelerator.device)
@@ -215,6 +262,9 @@ class Trainer(GRPOTrainer):
         values = {name: total[name] / total["episodes"] for name in ("reward", "achievements", "length")}
         values["invalid_rate"] = total["invalid"] / total["decisions"]
         values["decisions"] = total["decisions"]
+        if self.judge:
+            values["judge_score"] = total["score"] / max(1, total["judged"])
+            values["judge_missing"] = 1 - total["judged"] / total["episodes"]
         values["steps_per_second"] = total["length"] / (total["seconds"] / self.accelerator.num_processes)
         for name, value in values.items():
             self._metrics["train"][name].append(value)

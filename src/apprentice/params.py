@@ -1,13 +1,16 @@
 """params.yaml as a frozen, checked tree; a wrong value is an error before the first step."""
 
+import io
 import os
 import re
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
+from urllib.parse import urlsplit
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -21,11 +24,14 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
-from ruamel.yaml import YAML
+from ruamel.yaml import YAML, CommentedMap
 from ruamel.yaml.error import YAMLError
 
 PATH = Path("params.yaml")
 """Where a stage finds its parameters: in the folder it is run in, as DVC does."""
+
+
+_NULL = "tag:yaml.org,2002:null"
 
 
 class ConfigError(Exception):
@@ -93,8 +99,77 @@ class Prompt(Section):
     """The recorded picture (72 pixels) is enlarged by this factor, without smoothing."""
 
 
+def _plain_url(value: str) -> str:
+    url = urlsplit(value)
+    if url.scheme not in ("http", "https") or not url.hostname:
+        raise ValueError("is not a URL; write for example https://api.openai.com/v1")
+    if "@" in url.netloc or url.query or url.fragment:
+        raise ValueError(
+            "may hold no user, password, query or fragment, since params.yaml is in git; put the key into an "
+            "environment variable and name that under api_key_env"
+        )
+    return value.rstrip("/")
+
+
+class Price(Section):
+    """Dollars for a million tokens."""
+
+    input: NonNegativeFloat
+    cached_input: NonNegativeFloat | None = None
+    """For what the provider's prompt cache had; null is as for the others."""
+    output: NonNegativeFloat
+
+
+class Endpoint(Section):
+    """A model behind OpenAI's chat API: OpenAI's, vLLM's, anybody's. What is null isn't sent."""
+
+    base_url: Annotated[str, AfterValidator(_plain_url)] = "https://api.openai.com/v1"
+    model: Annotated[str, Field(min_length=1)]
+    api_key_env: Annotated[str, Field(pattern=r"^[A-Z_][A-Z0-9_]*$")] | None
+    """The NAME of the environment variable that holds the key; null for an endpoint that wants none."""
+    temperature: NonNegativeFloat | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    max_tokens: PositiveInt | None = None
+    """The most tokens of a reply."""
+    max_tokens_field: Literal["max_completion_tokens", "max_tokens"] = "max_completion_tokens"
+    """How the endpoint calls that: OpenAI's newer models know only the first, some servers only the second."""
+    tool_choice: Literal["auto", "required", "none"] | dict[str, Any] | None = None
+    extra_body: dict[str, Any] = {}
+    """Further keys of the request, for example chat_template_kwargs for vLLM."""
+
+    # What follows changes no reply, and so no episode.
+    price: Price | None = None
+    """Instead of the one in prices.yaml."""
+    max_cost_usd: PositiveFloat | None = None
+    """Dollars that all runs with these settings may cost together; a run stops before it would pass them."""
+    concurrency: Annotated[int, Field(ge=1, le=1000)] = 16
+    """Episodes under way at once, each with one request at a time."""
+    timeout: PositiveFloat = 120.0
+    """Seconds to wait for a reply, before it counts as a fault."""
+    max_retries: NonNegativeInt = 15
+    """After a fault that may pass, with pauses from half a second to eight, or as the server asks: 15 are 80 s."""
+    max_failure_rate: Fraction = 0.1
+    """Share of episodes that may fail for all retries; with more, the run ends with an error."""
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """What changes a reply, JSON-able: part of the name of what was played with it."""
+        run = {"api_key_env", "price", "max_cost_usd", "concurrency", "timeout", "max_retries", "max_failure_rate"}
+        return self.model_dump(mode="json", exclude=run)
+
+    @model_validator(mode="after")
+    def _possible(self):
+        ours = {"messages", "tools", "stream", "n", "max_completion_tokens", *type(self).model_fields}
+        if ours := ours & self.extra_body.keys():
+            raise ValueError(f"extra_body may not hold {', '.join(sorted(ours))}: that's set elsewhere, or not at all")
+        if self.max_cost_usd is not None and self.max_tokens is None:
+            raise ValueError("max_cost_usd needs max_tokens: without it, one reply may cost anything")
+        return self
+
+
 class Teacher(Section):
-    policy: Literal["expert", "random", "noop"]
+    policy: Literal["expert", "random", "noop", "chat"]
+    """chat: a model behind an endpoint. The others are built in."""
     seeds: Seeds
     max_steps: Annotated[int, Field(ge=1, le=10_000)] = 200
     """Environment steps after which an episode ends."""
@@ -103,6 +178,19 @@ class Teacher(Section):
     rationale: bool = False
     """The expert says in a sentence what it is about to do; the text beside its tool call in the trace."""
     prompt: Prompt = Prompt()
+    endpoint: Endpoint | None = None
+    """For chat, and only for it."""
+
+    @model_validator(mode="after")
+    def _complete(self):
+        if self.policy != "chat":
+            if self.endpoint:
+                raise ValueError(f"endpoint is only for policy chat, and the policy is {self.policy}; remove one")
+        elif not self.endpoint:
+            raise ValueError("policy chat needs an endpoint: at least a model, and api_key_env (null without a key)")
+        elif "mode" not in self.prompt.model_fields_set:
+            raise ValueError("policy chat needs prompt.mode, since pictures cost: text+image, image or text")
+        return self
 
     @model_validator(mode="after")
     def _has_reasons(self):
@@ -111,8 +199,35 @@ class Teacher(Section):
         return self
 
 
+class Import(Section):
+    """Somebody else's decisions, beside the teachers' own."""
+
+    file: Annotated[str, Field(min_length=1)]
+    """JSONL in OpenAI's chat form, pictures as data: URLs, replies that call the tool `act`; see imports.py."""
+
+
+class Criterion(Section):
+    """A point of the judge's rubric."""
+
+    asks: Annotated[str, Field(min_length=1)]
+    """In words, what is to be marked from 0 to 10."""
+    weight: PositiveFloat = 1.0
+
+
+class Judge(Section):
+    """A model that scores episodes; the score is the weighted mean of its marks, 0 to 1."""
+
+    endpoint: Endpoint
+    outcome: Criterion = Criterion(asks="how much the player achieved for the number of steps it had")
+    events: dict[Name, Criterion] = {}
+    """What to look at from step to step, by a name: survival: {asks: how well it kept its vitals up, weight: 0.5}."""
+
+
 class Filter(Section):
-    """Which episodes and decisions are worth imitating; a limit of null is off."""
+    """Which episodes and decisions are worth imitating; a limit of null is off.
+
+    Of an import nothing is known but what was shown and answered: only require_valid_tool_calls and deduplicate apply.
+    """
 
     min_steps_per_episode: NonNegativeInt = 5
     max_steps_per_episode: PositiveInt | None = None
@@ -127,6 +242,10 @@ class Filter(Section):
     """Drop the invalid replies, or the whole episode that has them."""
     deduplicate: bool = True
     """Drop decisions in which the same was seen and the same was answered before."""
+    min_judge_score: Fraction | None = None
+    """Of the score that the judge gives an episode, 0 to 1."""
+    judge_missing: Literal["keep", "drop"] = "keep"
+    """What becomes of an episode that the judge could not score."""
 
     @model_validator(mode="after")
     def _possible(self):
@@ -222,6 +341,8 @@ class Reward(Section):
     """Per health point gained (or lost)."""
     invalid: float = 0.0
     """For a reply that could not be read; usually negative."""
+    judge: float = 0.0
+    """Times the judge's score (0 to 1), at the end of the episode. Without a score, that is the mean of the group's."""
 
 
 class Rl(Section):
@@ -312,7 +433,9 @@ class Benchmark(Section):
 
 class Params(Section):
     profile: Name
-    teachers: Annotated[dict[Name, Teacher], Field(min_length=1)]
+    teachers: dict[Name, Teacher]
+    imports: dict[Name, Import] = {}
+    judge: Judge | None = None
     filter: Filter = Filter()
     split: Split = Split()
     benchmark: Benchmark
@@ -327,6 +450,24 @@ class Params(Section):
     def _consistent(self):
         if self.profile not in self.profiles:
             raise ValueError(f"profile: {self.profile!r} is not defined; profiles are {', '.join(self.profiles)}")
+        uses_of_judge = {
+            "filter.min_judge_score": self.filter.min_judge_score is not None,
+            f"profiles.{self.profile}.rl.reward.judge": self.student.rl.reward.judge != 0,
+        }
+        for key, used in uses_of_judge.items():
+            if used and self.judge is None:
+                raise ValueError(f"{key} needs a judge: add the section judge with an endpoint, or leave it out")
+        if not self.teachers and not self.imports:
+            raise ValueError("there is neither a teacher nor an import: name one under teachers or imports")
+        for name, source in self.imports.items():
+            if name in self.teachers:
+                raise ValueError(f"{name!r} is both a teacher and an import; give the import another name")
+            outs = (Path(out).resolve() for out in ("data/traces", "data/sft", "data/benchmark"))
+            if any(Path(source.file).resolve().is_relative_to(out) for out in outs):
+                raise ValueError(
+                    f"imports.{name}.file ({source.file}) is made by this pipeline, which would depend on itself; "
+                    "copy it to another folder and name the copy"
+                )
         uses = {f"teachers.{name}.seeds": teacher.seeds for name, teacher in self.teachers.items()}
         uses[f"profiles.{self.profile}.rl.seeds"] = self.student.rl.seeds
         if isinstance(self.student.student, TinyStudent):
@@ -361,10 +502,31 @@ def load(path: Path | None = None) -> Params:
     """Read and check the parameters. Raises ConfigError naming the key and what would be right."""
     path = path or PATH
     try:
-        tree = YAML(typ="safe").load(path.read_text())
+        return _checked(path, path.read_text())
     except FileNotFoundError:
         raise ConfigError(f"there is no {path} in {os.getcwd()}; run from the top of the checkout") from None
-    except (YAMLError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+
+
+def with_imports(files: dict[str, str], path: Path = PATH) -> str:
+    """The text of params.yaml with these imports added (name → file), comments kept. Raises ConfigError as load."""
+    yaml, text = YAML(), io.StringIO()
+    yaml.width = 4096  # long lines stay as they are, and so does `null`
+    yaml.representer.add_representer(type(None), lambda dumper, _: dumper.represent_scalar(_NULL, "null"))
+    tree = yaml.load(path.read_text())
+    sources = tree.setdefault("imports", CommentedMap())
+    sources.fa.set_flow_style()
+    sources.update({name: {"file": file} for name, file in files.items()})
+    yaml.dump(tree, text)
+    _checked(path, text.getvalue())
+    return text.getvalue()
+
+
+def _checked(path: Path, text: str) -> Params:
+    try:
+        tree = YAML(typ="safe").load(text)
+    except YAMLError as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} must be a mapping with the keys {', '.join(Params.model_fields)}")
@@ -395,7 +557,9 @@ def _explain(path: Path, tree: dict, errors: Iterable[dict]) -> list[str]:
             lines.append(f"{path}: {key}: is required")
         else:
             message = error["msg"].removeprefix("Value error, ")
-            got = f" (it is {error['input']!r})" if key and not isinstance(error["input"], (dict, Section)) else ""
+            # Somebody may have written a key or a password there.
+            quotable = key and location[-1] not in ("api_key_env", "base_url")
+            got = f" (it is {error['input']!r})" if quotable and not isinstance(error["input"], (dict, Section)) else ""
             lines.append(f"{path}: {key}: {message}{got}" if key else f"{path}: {message}")
     return lines
 
@@ -406,14 +570,16 @@ def _section(location: list[str]) -> list[str]:
     for part in location:
         field = getattr(model, "model_fields", {}).get(part)
         if field is None:
-            model = {"teachers": Teacher, "profiles": Profile}.get(model) if isinstance(model, str) else None
-        elif part in ("teachers", "profiles"):
+            named = {"teachers": Teacher, "imports": Import, "profiles": Profile}
+            model = named.get(model) if isinstance(model, str) else None
+        elif part in ("teachers", "imports", "profiles"):
             model = part
             continue
         elif part == "student":
             return sorted({*TinyStudent.model_fields, *HubStudent.model_fields})
         else:
-            model = field.annotation
+            # Of an optional section, the section.
+            model = next((kind for kind in get_args(field.annotation) if kind is not type(None)), field.annotation)
         if model is None:
             return []
     return list(getattr(model, "model_fields", {}))

@@ -10,6 +10,7 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image
 
+from apprentice.episode import Given
 from apprentice.params import Prompt
 from apprentice.world import ACTIONS, TILES, VIEW, Observation, constants
 
@@ -62,11 +63,25 @@ def messages(
     if settings.mode != "text":
         image = {"type": "image"}
         if inline:
-            url = "data:image/png;base64," + base64.b64encode(shown_png(observation, settings)).decode()
-            image = {"type": "image_url", "image_url": {"url": url}}
+            image = _inline(shown_png(observation, settings))
         content.append(image)
     content.append({"type": "text", "text": text(observation, settings, history)})
     return [{"role": "system", "content": system(settings)}, {"role": "user", "content": content}]
+
+
+def given(shown: Given) -> list[dict]:
+    """What an imported decision was shown, as it came: whatever the settings, there is nothing to render it from."""
+    return [
+        message
+        if isinstance(message["content"], str)
+        else message
+        | {"content": [_inline(shown.png) if part["type"] == "image" else part for part in message["content"]]}
+        for message in shown.messages
+    ]
+
+
+def _inline(data: bytes) -> dict:
+    return {"type": "image_url", "image_url": {"url": "data:image/png;base64," + base64.b64encode(data).decode()}}
 
 
 def answer(actions: tuple[str, ...] | list[str], words: str | None = None) -> dict:
@@ -140,7 +155,11 @@ def picture(observation: Observation, settings: Prompt) -> np.ndarray:
 
 def shown_png(observation: Observation, settings: Prompt) -> bytes:
     """The picture that the player is shown, as PNG."""
-    return observation.png if observation.png and settings.scale == 1 else png(picture(observation, settings))
+    if settings.scale > 1:
+        return png(picture(observation, settings))
+    if observation.png is None:
+        object.__setattr__(observation, "png", png(observation.image))  # the record needs it once more
+    return observation.png
 
 
 def png(image: np.ndarray) -> bytes:

@@ -10,12 +10,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from apprentice.episode import Episode, Reply, Step
+from apprentice.episode import Episode, Given, Reply, Step
 from apprentice.prompt import png, unpng
 from apprentice.world import ITEMS, VIEW, VITALS, Observation
 
-VERSION = 1
+VERSION = 2
 """Raised when rows change their meaning; part of every fingerprint."""
+
+_BATCH = 256
+"""Rows read or written at a time."""
 
 _IMAGE = pa.struct({"bytes": pa.binary(), "path": pa.string()})
 _NAMES = pa.list_(pa.string())
@@ -27,6 +30,7 @@ SCHEMA = pa.schema(
         pa.field("step", pa.int32()),
         pa.field("history", _NAMES),
         pa.field("image", _IMAGE),
+        pa.field("shown", pa.string()),
         pa.field("view", pa.binary()),
         pa.field("vitals", pa.struct([(name, pa.int8()) for name in VITALS])),
         pa.field("inventory", pa.struct([(name, pa.int8()) for name in ITEMS])),
@@ -88,16 +92,21 @@ def from_bytes(data: bytes) -> Episode:
 
 
 def write(path: Path, episodes: Iterable[Episode]) -> int:
-    """Write episodes in the given order, one at a time; the same episodes give the same bytes. Returns the rows."""
+    """Write episodes in the given order, few at a time; the same episodes give the same bytes. Returns the rows."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    rows = 0
+    rows, waiting = 0, []
     try:
         with pq.ParquetWriter(partial, SCHEMA, compression="zstd") as writer:
             for episode in episodes:
-                table = to_table(episode)
-                writer.write_table(table)
-                rows += table.num_rows
+                waiting.append(to_table(episode))
+                rows += waiting[-1].num_rows
+                # Imported episodes may be single decisions: a row group for each would be mostly its own description.
+                if sum(table.num_rows for table in waiting) >= _BATCH:
+                    writer.write_table(pa.concat_tables(waiting))
+                    waiting = []
+            if waiting:
+                writer.write_table(pa.concat_tables(waiting))
     except BaseException:
         partial.unlink()
         raise
@@ -109,7 +118,7 @@ def read(path: Path) -> Iterator[Episode]:
     """The episodes of a file, one at a time."""
 
     def rows() -> Iterator[dict]:
-        for batch in pq.ParquetFile(path).iter_batches(batch_size=256):
+        for batch in pq.ParquetFile(path).iter_batches(batch_size=_BATCH):
             yield from batch.to_pylist()
 
     for _, group in groupby(rows(), key=lambda row: row["episode_id"]):
@@ -117,7 +126,7 @@ def read(path: Path) -> Iterator[Episode]:
 
 
 def _row(episode: Episode, step: Step) -> dict:
-    observation, reply = step.observation, step.reply
+    reply = step.reply
     message = reply.message if isinstance(reply.message, dict) else {}
     return {
         "episode_id": episode.id,
@@ -125,14 +134,6 @@ def _row(episode: Episode, step: Step) -> dict:
         "seed": episode.seed,
         "step": step.step,
         "history": step.history,
-        "image": {"bytes": observation.png or png(observation.image), "path": None},
-        "view": observation.view.tobytes(),
-        "vitals": observation.vitals,
-        "inventory": observation.inventory,
-        "facing": observation.facing,
-        "position": observation.position,
-        "sleeping": observation.sleeping,
-        "daylight": observation.daylight,
         "prompt": episode.prompt,
         "content": _text(message.get("content")),
         "tool_calls": json.dumps(message["tool_calls"]) if message.get("tool_calls") else None,
@@ -143,12 +144,33 @@ def _row(episode: Episode, step: Step) -> dict:
         "asked": step.asked,
         "invalid": _text(step.invalid),
         "executed": step.executed,
+        **(_given(step.observation) if isinstance(step.observation, Given) else _observed(step)),
+    }
+
+
+def _observed(step: Step) -> dict:
+    observation = step.observation
+    return {
+        "image": {"bytes": observation.png or png(observation.image), "path": None},
+        "view": observation.view.tobytes(),
+        "vitals": observation.vitals,
+        "inventory": observation.inventory,
+        "facing": observation.facing,
+        "position": observation.position,
+        "sleeping": observation.sleeping,
+        "daylight": observation.daylight,
         "reward": step.reward,
         "health_change": step.health_change,
         "unlocked": step.unlocked,
         "done": step.done,
         "died": step.died,
     }
+
+
+def _given(given: Given) -> dict:
+    """Columns that are not named are null: of an imported decision they are not known."""
+    image = None if given.png is None else {"bytes": given.png, "path": None}
+    return {"shown": json.dumps(given.messages), "image": image}
 
 
 def _text(value: object) -> str | None:
@@ -160,7 +182,9 @@ def _text(value: object) -> str | None:
 
 def from_rows(rows: list[dict]) -> Episode:
     """The episode of these rows, as `pyarrow` reads them."""
-    return Episode(rows[0]["agent"], rows[0]["seed"], tuple(_step(row) for row in rows), rows[0]["prompt"])
+    agent, seed, prompt = (rows[0][name] for name in ("agent", "seed", "prompt"))
+    name = rows[0]["episode_id"].removeprefix(f"{agent}-")
+    return Episode(agent, seed, tuple(_step(row) for row in rows), prompt, "" if name == str(seed) else name)
 
 
 def _step(row: dict) -> Step:
@@ -170,34 +194,43 @@ def _step(row: dict) -> Step:
     return Step(
         step=row["step"],
         history=tuple(row["history"]),
-        observation=Observation(
-            image=partial(unpng, row["image"]["bytes"]),
-            png=row["image"]["bytes"],
-            view=np.frombuffer(row["view"], np.uint8).reshape(VIEW[1], VIEW[0]),
-            vitals=row["vitals"],
-            inventory=row["inventory"],
-            facing=tuple(row["facing"]),
-            position=tuple(row["position"]),
-            sleeping=row["sleeping"],
-            daylight=row["daylight"],
-        ),
+        observation=_observation(row),
         reply=Reply(message, row["finish_reason"], row["model"], row["prompt_tokens"], row["completion_tokens"]),
         asked=tuple(row["asked"]),
         invalid=row["invalid"],
         executed=tuple(row["executed"]),
-        reward=row["reward"],
-        health_change=row["health_change"],
-        unlocked=tuple(row["unlocked"]),
-        done=row["done"],
-        died=row["died"],
+        reward=row["reward"] or 0.0,
+        health_change=row["health_change"] or 0,
+        unlocked=tuple(row["unlocked"] or ()),
+        done=bool(row["done"]),
+        died=bool(row["died"]),
     )
 
 
-def outcomes(path: Path) -> Iterator[tuple[int, int]]:
-    """(seed, achievements unlocked) of each episode of a file, without reading the pictures."""
-    found: dict[str, tuple[int, int]] = {}
+def _observation(row: dict) -> Observation | Given:
+    if row["shown"] is not None:
+        return Given(tuple(json.loads(row["shown"])), row["image"] and row["image"]["bytes"])
+    return Observation(
+        image=partial(unpng, row["image"]["bytes"]),
+        png=row["image"]["bytes"],
+        view=np.frombuffer(row["view"], np.uint8).reshape(VIEW[1], VIEW[0]),
+        vitals=row["vitals"],
+        inventory=row["inventory"],
+        facing=tuple(row["facing"]),
+        position=tuple(row["position"]),
+        sleeping=row["sleeping"],
+        daylight=row["daylight"],
+    )
+
+
+def outcomes(path: Path) -> Iterator[tuple[int | None, int]]:
+    """(seed, achievements unlocked) of each episode of a file, without reading the pictures.
+
+    An imported episode may have no seed, and has no known achievement.
+    """
+    found: dict[str, tuple[int | None, int]] = {}
     for batch in pq.ParquetFile(path).iter_batches(columns=["episode_id", "seed", "unlocked"]):
         for row in batch.to_pylist():
             seed, count = found.get(row["episode_id"], (row["seed"], 0))
-            found[row["episode_id"]] = seed, count + len(row["unlocked"])
+            found[row["episode_id"]] = seed, count + len(row["unlocked"] or ())
     yield from found.values()

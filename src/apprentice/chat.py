@@ -1,0 +1,185 @@
+"""A model behind an endpoint as a teacher: many episodes at once, and every reply is kept, for it was paid for.
+
+An episode that was interrupted is played again from the kept replies, which costs nothing since the world is
+deterministic, and goes on from there. A reply is known by all that was shown for it: what changes no prompt, such as
+more steps an episode or other code, pays for nothing again.
+"""
+
+import asyncio
+import hashlib
+import json
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+
+from tqdm import tqdm
+
+from apprentice import prompt, store
+from apprentice.client import Client, Failed, Stopped
+from apprentice.command import WorkError
+from apprentice.episode import Episode, Reply
+from apprentice.ledger import Replies, fingerprint
+from apprentice.params import Teacher
+from apprentice.play import play_one
+from apprentice.policy import Turn
+
+
+class Chat:
+    """The policy. What its endpoint does wrong for good (client.Failed) ends that one episode."""
+
+    def __init__(self, name: str, client: Client, replies: Replies):
+        self.name, self.client, self.replies = name, client, replies
+        self.costs: dict[int, float | None] = {}
+        """Dollars of each episode's replies, by its seed; None without a price."""
+        self.stopped: WorkError | None = None
+        """Why nothing may be asked any more; replies under way are still waited for and kept."""
+
+    def begin(self, seed: int) -> "_Player":
+        self.costs[seed] = 0.0
+        return _Player(self, seed)
+
+
+class _Player:
+    def __init__(self, policy: Chat, seed: int):
+        self.policy, self.seed, self.decision = policy, seed, 0
+
+    async def reply(self, turn: Turn) -> Reply:
+        messages = turn.messages
+        reply, cost = await self._reply(messages, _digest([messages, prompt.TOOLS]))
+        self.decision += 1
+        total = self.policy.costs[self.seed]
+        self.policy.costs[self.seed] = None if cost is None or total is None else total + cost
+        return reply
+
+    async def _reply(self, messages: list[dict], shown: str) -> tuple[Reply, float | None]:
+        policy = self.policy
+        kept = policy.replies.get(self.seed, self.decision, shown)
+        if kept:
+            await asyncio.sleep(0)  # the others' turn: a whole episode may be kept
+            return kept
+        if policy.stopped:
+            raise policy.stopped
+        answer = await policy.client.complete(messages, prompt.TOOLS)
+        reply = Reply(
+            answer.message, answer.finish_reason, answer.model, answer.prompt_tokens, answer.completion_tokens
+        )
+        policy.replies.add(self.seed, self.decision, shown, reply, answer.cost, answer.seconds)
+        return reply, answer.cost
+
+    def end(self) -> None:
+        pass
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def record(name: str, teacher: Teacher, code: str) -> Iterator[Episode]:
+    """The teacher's episodes in the order of its seeds; what isn't there yet is played first.
+
+    code: the digest of what turns replies into episodes. Raises ConfigError when the endpoint refuses the key or the
+    model, WorkError when too many episodes have failed or the money is spent; a later run goes on in every case.
+    """
+    endpoint, seeds = teacher.endpoint, teacher.seeds
+    with Replies(name, endpoint.asked, alone=True) as replies:
+        client = Client(endpoint, f"teachers.{name}.endpoint", replies.spent() or 0.0)
+        policy, run = Chat(name, client, replies), _run(name, teacher)
+        finished, failures = replies.finished(run, code), {}
+        missing = [seed for seed in seeds if seed not in finished]
+        with tqdm(total=len(seeds), desc=name, unit="episode", mininterval=1) as bar:
+            bar.update(len(seeds) - len(missing))
+
+            def ended(seed: int, result: bytes | Failed) -> None:
+                if isinstance(result, bytes):
+                    replies.ended(run, seed, policy.costs[seed], code, result)
+                else:
+                    failures[seed] = str(result)
+                    replies.failed(run, seed, failures[seed])
+                    if len(failures) > max(1, endpoint.max_failure_rate * len(seeds)):
+                        policy.stopped = _too_many(name, teacher, failures)
+                spent = f", ${client.spent:.4f} spent" if client.price else ""
+                bar.set_postfix_str(f"{len(failures)} failed{spent}", refresh=False)
+                bar.update()
+
+            asyncio.run(_play(policy, name, teacher, missing, ended))
+        if policy.stopped:
+            raise policy.stopped
+        if len(failures) > endpoint.max_failure_rate * len(seeds) or len(failures) == len(seeds):
+            raise _too_many(name, teacher, failures)
+        if failures:
+            print(f"collect {name}: left out, for the next run to try again: {_counted(failures)}", file=sys.stderr)
+        yield from replies.episodes(run, (seed for seed in seeds if seed not in failures))
+
+
+async def _play(
+    policy: Chat, name: str, teacher: Teacher, seeds: list[int], ended: Callable[[int, bytes | Failed], None]
+) -> None:
+    """Play an episode on each seed, so many at once, each at its own pace; the first ConfigError ends all."""
+    waiting = iter(seeds)
+
+    async def one_after_the_other() -> None:
+        for seed in waiting:
+            if policy.stopped:
+                break
+            try:
+                episode = await play_one(policy, seed, teacher.max_steps, teacher.prompt, name, teacher.explore)
+                # In a thread: it takes a millisecond a decision, and the others shall go on.
+                result = await asyncio.to_thread(store.to_bytes, episode)
+            except Failed as error:
+                result = error
+            except Stopped as error:
+                policy.stopped = error
+                break
+            ended(seed, result)
+
+    try:
+        async with policy.client, asyncio.TaskGroup() as group:
+            for _ in range(min(teacher.endpoint.concurrency, len(seeds))):
+                group.create_task(one_after_the_other())
+    except BaseExceptionGroup as errors:
+        raise errors.exceptions[0] from None
+
+
+def cost(name: str, teacher: Teacher) -> tuple[float | None, float | None]:
+    """Dollars for the finished episodes on the teacher's seeds, and for all replies; None without a price."""
+    with Replies(name, teacher.endpoint.asked) as replies:
+        finished = replies.finished(_run(name, teacher))
+        costs = [finished[seed] for seed in teacher.seeds if seed in finished]
+        return None if None in costs else sum(costs), replies.spent()
+
+
+def status(name: str, teacher: Teacher) -> str:
+    """What there is, in a few lines; plays nothing and needs no key."""
+    seeds, run = teacher.seeds, _run(name, teacher)
+    with Replies(name, teacher.endpoint.asked) as replies:
+        finished, failures, kept = replies.finished(run), replies.failures(run), replies.decisions()
+        spent = replies.spent()
+    begun = {seed: kept[seed] for seed in seeds if seed in kept and seed not in finished}
+    failed = {seed: failures[seed] for seed in seeds if seed in failures}
+    lines = [
+        f"{name}: {len(finished.keys() & set(seeds))} of {len(seeds)} episodes done; {len(begun)} unfinished, with "
+        f"{sum(begun.values())} decisions; {len(failed)} failed",
+        f"{sum(kept.values())} replies for " + ("an unknown price" if spent is None else f"${spent:.4f}"),
+    ]
+    return "\n".join(lines + ([f"failed: {_counted(failed)}"] if failed else []))
+
+
+def _run(name: str, teacher: Teacher) -> str:
+    """A name for how the episodes are played, whatever it may cost and however fast it goes."""
+    settings = teacher.model_dump(mode="json", include={"max_steps", "explore", "prompt"})
+    return fingerprint(agent=name, teacher=settings, endpoint=teacher.endpoint.asked)
+
+
+def _too_many(name: str, teacher: Teacher, failures: dict[int, str]) -> WorkError:
+    return WorkError(
+        f"collect {name}: {len(failures)} of {len(teacher.seeds)} episodes failed, and max_failure_rate is "
+        f"{teacher.endpoint.max_failure_rate:g}: {_counted(failures)}. Their replies are kept; run again to "
+        "try the rest"
+    )
+
+
+def _counted(failures: dict[int, str]) -> str:
+    """The reasons, the commonest first, with how often and for example where."""
+    seeds = {reason: seed for seed, reason in failures.items()}
+    counts = Counter(failures.values()).most_common(3)
+    return "; ".join(f"{number} × {reason} (seed {seeds[reason]})" for reason, number in counts)

@@ -1,0 +1,447 @@
+"""Chats of others become one more trace: what we export comes back as it was, and rubbish is counted, never a crash."""
+
+import base64
+import io
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from closure import ROOT
+from PIL import Image
+from ruamel.yaml import YAML
+
+from apprentice import conversation, imports, params, prompt, store
+from apprentice.imports import NothingUsable, Report, read
+from apprentice.params import Filter, Prompt
+from apprentice.play import play
+from apprentice.policy import Scripted
+from apprentice.quality import Funnel, select
+
+SHOWN = Prompt(mode="text+image", history=2)
+yaml = YAML(typ="safe")
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[dict]:
+    """What `split` exports of three episodes."""
+    episodes = play(Scripted("expert"), range(3), 40, SHOWN)
+    return [conversation.row(episode, step, SHOWN) for episode in episodes for step in episode.steps]
+
+
+def url(width: int = 8, height: int = 8, form: str = "png") -> str:
+    buffer = io.BytesIO()
+    Image.fromarray(np.arange(width * height * 3, dtype=np.uint8).reshape(height, width, 3)).save(buffer, format=form)
+    return f"data:image/{form};base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def picture(address: object) -> dict:
+    return {"type": "image_url", "image_url": {"url": address}}
+
+
+def user(*parts: dict | str) -> dict:
+    return {"role": "user", "content": [{"type": "text", "text": p} if isinstance(p, str) else p for p in parts]}
+
+
+NOOP = prompt.answer(["noop"])
+GOOD = {"messages": [user("grass", picture(url())), NOOP]}
+
+
+def write(path: Path, *lines: object) -> Path:
+    """bytes as they are, the rest as JSON."""
+    path.write_bytes(b"".join((x if isinstance(x, bytes) else json.dumps(x).encode()) + b"\n" for x in lines))
+    return path
+
+
+def imported(path: Path, **settings):
+    report = Report()
+    return list(read(path, "friends", report, **settings)), report
+
+
+def test_what_we_export_comes_back_as_it_was_and_in_order(rows, tmp_path):
+    """Through the trace, the filter and the file between them, from shuffled lines."""
+    shuffled = random.Random(0).sample(rows, len(rows))
+    episodes, report = imported(write(tmp_path / "rows.jsonl", *shuffled))
+    store.write(tmp_path / "trace.parquet", episodes)
+    kept = list(select(store.read(tmp_path / "trace.parquet"), Filter(deduplicate=False), Funnel()))
+    assert report.lines == {"read": len(rows)}
+    assert report.decisions == {"read": len(rows), "kept": len(rows)}
+    again = [conversation.row(episode, step, Prompt()) for episode in kept for step in episode.steps]
+
+    def place(row):
+        return row["metadata"]["seed"], row["metadata"]["step"]
+
+    again.sort(key=place)
+    for before, after in zip(sorted(rows, key=place), again, strict=True):
+        assert after["messages"] == before["messages"]
+        assert after["tools"] == before["tools"]
+        name = {"episode_id": f"friends-{before['metadata']['episode_id']}", "teacher": "friends"}
+        assert after["metadata"] == before["metadata"] | name
+    assert all([step.step for step in e.steps] == sorted(step.step for step in e.steps) for e in kept)
+    assert [episode.seed for episode in store.read(tmp_path / "trace.parquet")] == [episode.seed for episode in kept]
+
+
+def test_the_same_file_gives_the_same_bytes(rows, tmp_path):
+    files = []
+    for name in ("one", "two"):
+        store.write(tmp_path / name, imported(write(tmp_path / "rows.jsonl", *rows[:50]))[0])
+        files.append((tmp_path / name).read_bytes())
+    assert files[0] == files[1]
+
+
+def test_of_an_imported_decision_nothing_is_made_up(tmp_path):
+    store.write(tmp_path / "trace.parquet", imported(write(tmp_path / "rows.jsonl", GOOD))[0])
+    (row,) = store.pq.read_table(tmp_path / "trace.parquet").to_pylist()
+    for name in ("seed", "view", "vitals", "inventory", "facing", "position", "reward", "unlocked", "done", "died"):
+        assert row[name] is None, name
+
+
+def test_every_assistant_turn_of_a_long_chat_is_a_decision_shown_what_came_right_before_it(tmp_path):
+    result = {"role": "tool", "tool_call_id": "call_0", "content": "you moved"}
+    hermes = '<tool_call>{"name": "act", "arguments": {"actions": ["do", "do"]}}</tool_call>'
+    chat = [
+        {"role": "developer", "content": "Play."},
+        user("one", picture(url())),
+        prompt.answer(["move_left"]),
+        result,
+        user("two", picture(url(16, 16, "jpeg"))),
+        {"role": "assistant", "content": hermes},
+        {"role": "user", "content": "three"},
+        prompt.answer(["sleep"]),
+    ]
+    episodes, report = imported(write(tmp_path / "rows.jsonl", {"messages": chat}))
+    assert report.decisions == {"read": 3, "kept": 3}
+    (episode,) = episodes
+    system, image = {"role": "system", "content": "Play."}, {"type": "image"}
+    texts = [{"type": "text", "text": text} for text in ("one", "you moved", "two")]
+    assert [step.observation.messages for step in episode.steps] == [
+        (system, {"role": "user", "content": [texts[0], image]}),
+        (system, {"role": "user", "content": [texts[1], texts[2], image]}),
+        (system, {"role": "user", "content": "three"}),
+    ]
+    assert [step.asked for step in episode.steps] == [("move_left",), ("do", "do"), ("sleep",)]
+    assert [step.step for step in episode.steps] == [0, 1, 3]
+    assert prompt.unpng(episode.steps[1].observation.png).shape == (16, 16, 3)
+
+
+def test_what_was_said_before_a_call_is_its_reason_however_it_was_written(tmp_path):
+    said, call = "Wood first.", '<tool_call>{"name": "act", "arguments": {"actions": ["noop"]}}</tool_call>'
+    replies = [
+        {"role": "assistant", "content": f"{said} {call}"},
+        {"role": "assistant", "content": [{"type": "text", "text": said}], "tool_calls": NOOP["tool_calls"]},
+        NOOP,
+    ]
+    lines = [{"messages": [user("look"), reply]} for reply in replies]
+    store.write(tmp_path / "trace.parquet", imported(write(tmp_path / "rows.jsonl", *lines))[0])
+    episodes = list(store.read(tmp_path / "trace.parquet"))
+    answers = [conversation.row(e, step, SHOWN, True)["messages"][-1] for e in episodes for step in e.steps]
+    assert answers == [prompt.answer(["noop"], said)] * 2 + [NOOP]
+
+
+def test_pictures_are_encoded_anew(tmp_path):
+    """So that nothing of a stranger's file but its pixels gets into ours."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), (10, 20, 30)).save(buffer, format="png", pnginfo=_secret())
+    line = {"messages": [user(picture("data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode())), NOOP]}
+    assert b"smuggled" in buffer.getvalue()
+    data = imported(write(tmp_path / "rows.jsonl", line))[0][0].steps[0].observation.png
+    assert b"smuggled" not in data
+    assert (prompt.unpng(data) == (10, 20, 30)).all()
+
+
+def _secret():
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    info.add_text("comment", "smuggled")
+    return info
+
+
+def bomb(side: int) -> str:
+    """A PNG of a few bytes that says it has so many pixels: 2.7 GB decoded, if 30,000 a side."""
+    import struct
+    import zlib
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    head = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    data = (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
+    )
+    return "data:image/png;base64," + base64.b64encode(data).decode()
+
+
+def shown(part: dict) -> dict:
+    return {"messages": [user("look", part), NOOP]}
+
+
+LINES = [
+    (b"not json", "not JSON"),
+    (b'{"messages": ' + b"[" * 100_000, "not JSON"),
+    (b"\xff\xfe\x00", "not valid Unicode"),
+    ({"messages": [{"role": "user", "content": "\ud800"}, NOOP]}, "not valid Unicode"),
+    ([1], "no messages"),
+    ({"messages": "hello"}, "no messages"),
+    ({"messages": [None]}, "no messages"),
+    ({"messages": []}, "no assistant turn"),
+    ({"messages": [user("look")]}, "no assistant turn"),
+    ({"messages": [{"role": "wizard", "content": "?"}, NOOP]}, "a role or content of an unknown kind"),
+    ({"messages": [{"role": "system", "content": 5}, user("look"), NOOP]}, "a role or content of an unknown kind"),
+    (GOOD | {"metadata": {"seed": 200_000}}, "played on a world of the benchmark"),
+]
+DECISIONS = [
+    ({"messages": [NOOP]}, "nothing shown before the reply"),
+    ({"messages": [{"role": "user", "content": None}, NOOP]}, "a role or content of an unknown kind"),
+    (shown({"type": "input_audio", "input_audio": {}}), "a role or content of an unknown kind"),
+    (shown(picture("http://127.0.0.1:9/picture.png")), "a picture by address"),
+    (shown(picture("file:///etc/hostname")), "a picture by address"),
+    (shown(picture(None)), "a broken picture"),
+    (shown(picture("data:image/png;base64,////")), "a broken picture"),
+    (shown(picture("data:image/png;base64,not base64!")), "a broken picture"),
+    (shown(picture(url()[:-40])), "a broken picture"),
+    (shown(picture(bomb(2049))), "a picture over 4 megapixels"),
+    (shown(picture(bomb(30_000))), "a picture over 4 megapixels"),
+    ({"messages": [user(picture(url()), picture(url())), NOOP]}, "several pictures in a turn"),
+    ({"messages": [user("look"), NOOP | {"weight": 0}]}, "weight 0"),
+]
+REPLIES = [
+    ({"role": "assistant", "content": "I go left"}, "no tool call"),
+    (prompt.answer(["fly"]), "unknown action"),
+    ({"role": "assistant", "tool_calls": [{"function": {"name": "interact", "arguments": "{}"}}]}, "unknown tool"),
+    (prompt.answer(["noop"] * 21), "actions asked for, at most 20 allowed"),
+]
+
+
+@pytest.mark.parametrize(("line", "reason"), LINES, ids=range(len(LINES)))
+def test_a_line_that_cannot_be_used_is_counted_with_its_reason(tmp_path, line, reason):
+    episodes, report = imported(write(tmp_path / "rows.jsonl", line, b"", GOOD), held_out=[200_000])
+    assert report.lines == {"read": 2, reason: 1}
+    assert report.decisions == {"read": 1, "kept": 1}
+    assert len(episodes) == 1
+
+
+@pytest.mark.parametrize(("line", "reason"), DECISIONS, ids=range(len(DECISIONS)))
+def test_a_decision_that_cannot_be_used_is_counted_and_the_rest_of_the_chat_is_kept(tmp_path, line, reason):
+    more = {"messages": [*line["messages"], user("then"), NOOP]}
+    episodes, report = imported(write(tmp_path / "rows.jsonl", more))
+    assert report.decisions == {"read": 2, reason: 1, "kept": 1}
+    assert [step.observation.messages[-1] for step in episodes[0].steps] == [user("then")]
+
+
+@pytest.mark.parametrize(("reply", "reason"), REPLIES, ids=range(len(REPLIES)))
+def test_an_unreadable_reply_is_kept_as_invalid_and_falls_in_the_filter(tmp_path, reply, reason):
+    episodes, report = imported(write(tmp_path / "rows.jsonl", GOOD, {"messages": [user("look"), reply]}))
+    assert report.invalid == {reason: 1}
+    funnel = Funnel()
+    assert len(list(select(episodes, Filter(), funnel))) == 1
+    assert funnel.decisions["require_valid_tool_calls"] == 1
+    assert funnel.teachers["friends"].as_dict(None)["invalid_rate"] == 0.5
+
+
+def test_a_line_of_any_length_is_left_out_in_little_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(imports, "LONGEST_LINE", 10_000)
+    long = GOOD | {"padding": "x" * 35_000}
+    episodes, report = imported(write(tmp_path / "rows.jsonl", GOOD, long, GOOD))
+    assert report.lines == {"read": 3, "longer than 32 MB": 1}
+    assert len(episodes) == 2
+
+
+def test_random_damage_never_crashes(rows, tmp_path):
+    generator = random.Random(1)
+    lines = [bytearray(json.dumps(row).encode()) for row in rows[:40]] * 3
+    for line in lines:
+        for _ in range(generator.choice([1, 3, 30])):
+            line[generator.randrange(len(line))] = generator.choice(b'{}[]",:0a\x00\xff')
+    _, report = imported(write(tmp_path / "rows.jsonl", GOOD, *map(bytes, lines)))
+    assert report.decisions["kept"] >= 1
+    left_out = sum(n for name, n in report.lines.items() if name != "read")
+    assert report.lines["read"] == left_out + report.decisions["read"]
+    assert report.decisions["read"] == sum(n for name, n in report.decisions.items() if name != "read")
+
+
+def test_the_same_line_twice_is_one_decision(rows, tmp_path):
+    _, report = imported(write(tmp_path / "rows.jsonl", *rows[:5], *rows[:5]))
+    assert report.decisions == {"read": 10, "kept": 5, "the same episode and step again": 5}
+
+
+def test_one_episode_is_on_one_world(rows, tmp_path):
+    other = rows[1] | {"metadata": rows[1]["metadata"] | {"seed": 77}}
+    _, report = imported(write(tmp_path / "rows.jsonl", rows[0], other))
+    assert report.lines == {"read": 2, "an episode on two seeds": 1}
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        ([], ["the file is empty"]),
+        ([b"x", b"y", {"messages": []}], ["2 times because: not JSON", "write one JSON object a line"]),
+        ([shown(picture("https://example.org/a.png"))], ["a picture by address", "data: URLs"]),
+        ([{"messages": [user("look"), REPLIES[2][0]]}], ["unknown tool", "call the tool act with"]),
+    ],
+    ids=range(4),
+)
+def test_a_file_with_nothing_usable_is_an_error_with_the_remedy(tmp_path, lines, said):
+    with pytest.raises(NothingUsable) as raised:
+        imported(write(tmp_path / "rows.jsonl", *lines))
+    for part in ["rows.jsonl", *said]:
+        assert part in str(raised.value)
+
+
+def test_filters_that_judge_an_episode_as_played_pass_over_imports(tmp_path):
+    episodes, _ = imported(write(tmp_path / "rows.jsonl", GOOD, GOOD))
+    strict = Filter(min_steps_per_episode=50, min_achievements_per_episode=9, min_unique_states=9)
+    funnel = Funnel()
+    assert len(list(select(episodes, strict.model_copy(update={"detect_loops": "episode"}), funnel))) == 1
+    assert funnel.decisions == {"read": 2, "deduplicate": 1, "kept": 1}
+
+
+# The faces: the stage, the command, and the stages after them.
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch) -> Path:
+    tree = yaml.load((ROOT / "params.yaml").read_text())
+    tree["teachers"] = {"expert": {"policy": "expert", "seeds": "0-1", "max_steps": 60}}
+    with (tmp_path / "params.yaml").open("w") as file:
+        yaml.dump(tree, file)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(top: Path, *command: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, *command], cwd=top, capture_output=True, text=True, timeout=120)
+
+
+def stage(top: Path, name: str, *arguments: str) -> str:
+    done = run(top, str(ROOT / "stages" / f"{name}.py"), *arguments)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def apprentice(top: Path, *arguments: str) -> subprocess.CompletedProcess:
+    return run(top, "-c", "from apprentice.cli import main; main()", *arguments)
+
+
+def test_an_import_is_filtered_and_split_beside_the_teachers(rows, checkout):
+    elsewhere = [row | {"metadata": row["metadata"] | {"seed": 50 + row["metadata"]["seed"]}} for row in rows]
+    write(checkout / "friends.jsonl", *elsewhere, GOOD, b"rubbish")
+    done = apprentice(checkout, "import", "friends.jsonl")
+    assert done.returncode == 0, done.stderr
+    assert "1 × not JSON" in done.stdout
+    after = params.load(checkout / "params.yaml")
+    assert {name: source.file for name, source in after.imports.items()} == {"friends": "friends.jsonl"}
+    stage(checkout, "collect", "expert")
+    stage(checkout, "import", "friends")
+    counted = json.loads((checkout / "metrics/imports/friends.json").read_text())
+    assert counted["lines"] == {"read": len(rows) + 2, "not JSON": 1}
+    said = stage(checkout, "filter")
+    assert "expert" in said and "friends" in said
+    teachers = json.loads((checkout / "metrics/teachers.json").read_text())
+    assert teachers["expert"]["episodes"] == 2 and teachers["expert"]["achievements_mean"] > 1
+    assert teachers["expert"]["cost_per_kept_decision_usd"] == 0
+    assert teachers["friends"]["decisions"] == len(rows) + 1
+    assert teachers["friends"]["achievements_mean"] is teachers["friends"]["cost_usd"] is None
+    said = stage(checkout, "split")
+    metrics = json.loads((checkout / "metrics/split.json").read_text())
+    assert metrics["imported_rows"] == teachers["friends"]["kept_decisions"] > 0
+    assert f"{metrics['imported_rows_with_another_system_prompt']} imported rows have another system prompt" in said
+    split = {
+        name: [json.loads(line)["metadata"] for line in (checkout / f"data/sft/{name}.jsonl").open()]
+        for name in ("train", "val")
+    }
+    assert {row["teacher"] for row in split["train"]} == {"expert", "friends"}
+    assert not {row["seed"] for row in split["train"]} & {row["seed"] for row in split["val"]}
+    assert sum(row["seed"] is None for row in split["train"]) == 1  # never validated on
+    assert metrics["pictures"] == sum(row["has_image"] for rows in split.values() for row in rows)
+
+
+def test_an_invalid_reply_that_the_filter_keeps_is_still_no_row_to_learn(rows, checkout):
+    write(checkout / "friends.jsonl", *rows, {"messages": [user("look"), REPLIES[0][0]]})
+    tree = yaml.load((checkout / "params.yaml").read_text())
+    tree |= {"teachers": {}, "imports": {"friends": {"file": "friends.jsonl"}}}
+    tree["filter"]["require_valid_tool_calls"] = "off"
+    with (checkout / "params.yaml").open("w") as file:
+        yaml.dump(tree, file)
+    for name in (["import", "friends"], ["filter"], ["split"]):
+        stage(checkout, *name)
+    assert json.loads((checkout / "metrics/split.json").read_text())["invalid_left_out"] == 1
+    texts = [(checkout / f"data/sft/{name}.jsonl").read_text() for name in ("train", "val")]
+    assert not any(r"\"actions\": []" in text for text in texts)
+
+
+def test_rows_without_seeds_alone_cannot_be_split_and_the_error_says_why(checkout):
+    write(checkout / "friends.jsonl", *({"messages": [user(str(number)), NOOP]} for number in range(9)))
+    tree = yaml.load((checkout / "params.yaml").read_text())
+    tree |= {"teachers": {}, "imports": {"friends": {"file": "friends.jsonl"}}}
+    with (checkout / "params.yaml").open("w") as file:
+        yaml.dump(tree, file)
+    for name in (["import", "friends"], ["filter"]):
+        stage(checkout, *name)
+    done = run(checkout, str(ROOT / "stages/split.py"))
+    assert done.returncode == 1 and "unless their metadata has a seed" in done.stderr
+
+
+def test_imported_rows_with_other_pictures_or_none_train_with_ours(rows, tiny, tmp_path):
+    import torch
+
+    model, processor = tiny
+    others = [{"messages": [user("text"), NOOP]}, {"messages": [user("look", picture(url(40, 24, "jpeg"))), NOOP]}]
+    episodes, _ = imported(write(tmp_path / "rows.jsonl", *others))
+    given = [conversation.row(episode, step, Prompt()) for episode in episodes for step in episode.steps]
+    encoded = [conversation.encode(processor, row["messages"]) for row in (rows[0], *given)]
+    with torch.no_grad():
+        loss = model(**conversation.batch(processor, encoded)).loss
+    assert torch.isfinite(loss)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["missing.jsonl"], 2, "there is no file missing.jsonl"),
+        (["good.jsonl", "--name", "expert"], 2, "both a teacher and an import"),
+        (["good.jsonl", "--name", "2nd"], 2, "2nd"),
+        (["good.jsonl", "bad.jsonl", "--name", "x"], 2, "one by one"),
+        (["good.jsonl", "bad.jsonl"], 1, "write one JSON object a line"),
+        (["data/sft/train.jsonl"], 2, "copy it to another folder"),
+    ],
+)
+def test_what_cannot_be_imported_is_one_sentence_and_changes_nothing(checkout, arguments, code, said):
+    write(checkout / "good.jsonl", GOOD)
+    write(checkout / "bad.jsonl", b"rubbish")
+    (checkout / "data/sft").mkdir(parents=True)
+    write(checkout / "data/sft/train.jsonl", GOOD)
+    before = (checkout / "params.yaml").read_bytes()
+    done = apprentice(checkout, "import", *arguments)
+    assert done.returncode == code, done.stderr
+    assert said in done.stderr and "Traceback" not in done.stderr
+    assert (checkout / "params.yaml").read_bytes() == before
+
+
+def test_comments_of_the_parameters_survive(tmp_path):
+    path = tmp_path / "params.yaml"
+    path.write_bytes((ROOT / "params.yaml").read_bytes())
+    lines = params.with_imports({"friends": "chats.jsonl"}, path).splitlines()
+    changed = [(b, a) for b, a in zip(path.read_text().splitlines(), lines, strict=True) if a != b]
+    ((before, after),) = changed
+    assert before.startswith("imports: {}") and after.startswith("imports: {friends: {file: chats.jsonl}}")
+
+
+def test_a_missing_file_is_named_by_the_stage_with_code_2(checkout):
+    text = (checkout / "params.yaml").read_text().replace("imports: {}", "imports: {x: {file: gone.jsonl}}")
+    (checkout / "params.yaml").write_text(text)
+    done = run(checkout, str(ROOT / "stages/import.py"), "x")
+    assert done.returncode == 2 and "imports.x.file: there is no file gone.jsonl" in done.stderr
+
+
+def test_help_comes_within_a_second():
+    environment = {**os.environ, "PYTHONPROFILEIMPORTTIME": "1"}
+    command = [sys.executable, "-c", "from apprentice.cli import main; main()", "--help"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert "import" in done.stdout
+    heavy = {"torch", "transformers", "crafter", "numba", "pyarrow", "openai", "scipy"}
+    assert not heavy & {line.rsplit("|", 1)[-1].strip() for line in done.stderr.splitlines()}
