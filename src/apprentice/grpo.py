@@ -17,6 +17,7 @@ from apprentice.local import Local
 from apprentice.params import ConfigError, Judge, Prompt, Rl, Sampling
 from apprentice.play import play
 from apprentice.reward import returns, rewards, with_mean
+from apprentice.world import ACHIEVEMENTS
 
 
 def advantages(
@@ -152,11 +153,14 @@ class Trainer(GRPOTrainer):
         episodes = play(policy, seeds, self.rl.max_steps, self.shown_with)
         seconds = perf_counter() - began
         scores = self._scores(episodes)
-        found = [
-            values
-            for start in range(0, len(episodes), size)
-            for values in advantages(episodes[start : start + size], self.rl, scores[start : start + size])
-        ]
+        if self.rl.baseline == "linear":
+            found = critic_advantages(episodes, self.rl, scores)
+        else:
+            found = [
+                values
+                for start in range(0, len(episodes), size)
+                for values in advantages(episodes[start : start + size], self.rl, scores[start : start + size])
+            ]
         self._record(episodes, scores, seconds)
         decisions = [
             (step, advantage)
