@@ -2,7 +2,8 @@
 
     dvc repro filter        or: python stages/filter.py
 
-metrics/filter.json says what fell where, metrics/teachers.json how good each teacher's play was.
+metrics/filter.json says what fell where, metrics/teachers.json how good each teacher's play was, metrics/cost.json what
+all of it has cost.
 """
 
 import json
@@ -46,13 +47,22 @@ def main() -> None:
         store.write(Path("data/filtered.parquet"), select(episodes("filter"), settings.filter, funnel, scores))
     except NothingLeft as error:
         raise WorkError(f"filter: {error}") from None
-    costs = {name: json.loads(Path(f"metrics/cost/{name}.json").read_text())["cost_usd"] for name in sources}
-    teachers = {name: quality.as_dict(costs[name]) for name, quality in funnel.teachers.items()}
+    costs = {name: json.loads(Path(f"metrics/cost/{name}.json").read_text()) for name in sources}
+    teachers = {name: quality.as_dict(costs[name]["cost_usd"]) for name, quality in funnel.teachers.items()}
     write_metrics("filter", funnel.as_dict())
     write_metrics("teachers", teachers)
+    write_metrics("cost", {"teachers": costs, "judge_usd": judge_cost(settings.judge) if judging else 0.0})
     show(teachers)
     kept, read = funnel.decisions["kept"], funnel.decisions["read"]
     print(f"filter: kept {funnel.episodes['kept']} of {funnel.episodes['read']} episodes, {kept} of {read} decisions")
+
+
+def judge_cost(settings: params.Judge) -> float | None:
+    """Dollars that all of the judge's answers have cost; None if their price is not known."""
+    from apprentice.ledger import Replies
+
+    with Replies("judge", settings.endpoint.asked) as replies:
+        return replies.spent()
 
 
 def show(teachers: dict) -> None:

@@ -346,6 +346,9 @@ def test_an_import_is_filtered_and_split_beside_the_teachers(rows, checkout):
     assert teachers["expert"]["cost_per_kept_decision_usd"] == 0
     assert teachers["friends"]["decisions"] == len(rows) + 1
     assert teachers["friends"]["achievements_mean"] is teachers["friends"]["cost_usd"] is None
+    cost = json.loads((checkout / "metrics/cost.json").read_text())
+    assert cost["judge_usd"] == cost["teachers"]["expert"]["cost_usd"] == 0
+    assert cost["teachers"]["expert"]["decisions"] > 0 and cost["teachers"]["friends"]["cost_usd"] is None
     said = stage(checkout, "split")
     metrics = json.loads((checkout / "metrics/split.json").read_text())
     assert metrics["imported_rows"] == teachers["friends"]["kept_decisions"] > 0

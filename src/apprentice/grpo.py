@@ -50,8 +50,8 @@ def critic_advantages(
     The group's mean at the same decision is blind to what an episode has already got: who unlocks early has less to
     come than the others and is blamed for it. Here the values are a ridge regression of the return on features of the
     state (the linear feature baseline of Duan et al., arXiv 1604.06778), fitted on the other half of the episodes, so
-    that no decision is measured by its own outcome; advantages are GAE's (Schulman et al., arXiv 1506.02438), divided
-    by their standard deviation.
+    that no decision is measured by its own outcome; advantages are GAE's (Schulman et al., arXiv 1506.02438), less
+    their mean and divided by their standard deviation.
     """
     earned = [
         np.array(rewards(episode, settings.reward, score))
@@ -68,8 +68,9 @@ def critic_advantages(
         expected = np.append(features @ weights[(index + 1) % len(weights)], 0.0)  # nothing comes after the end
         surprise = values + settings.discount * expected[1:] - expected[:-1]
         found.append(np.array(returns(surprise.tolist(), settings.discount * settings.gae_lambda)))
-    scale = np.concatenate(found).std() + 1e-6
-    return [values / scale for values in found]
+    # Centred, since a mean below 0 would make every token less likely, those of the tool call's form too.
+    mean, scale = np.concatenate(found).mean(), np.concatenate(found).std() + 1e-6
+    return [(values - mean) / scale for values in found]
 
 
 def _features(episode: Episode, max_steps: int) -> np.ndarray:
