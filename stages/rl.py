@@ -35,9 +35,7 @@ def main() -> None:
         shaping["judge"]["endpoint"] = judge.endpoint.asked
     shaping["inputs"] = [digest(Path(folder)) for folder in ("models/base", "models/sft")]
     checkpoints = cache() / "rl" / fingerprint(**shaping, dtype=profile.dtype, code=code(__file__))
-    ranks, rows, accumulation = distributed.layout(
-        profile.rl.batch_size, profile.rl.micro_batch_size, profile.rl.groups
-    )
+    ranks, rows, accumulation = distributed.layout(rl.batch_size, rl.micro_batch_size, rl.groups)
     distributed.launch(train, ranks, profile, judge, checkpoints, rows, accumulation)
 
 

@@ -6,8 +6,6 @@ more steps an episode or other code, pays for nothing again.
 """
 
 import asyncio
-import hashlib
-import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -18,7 +16,7 @@ from apprentice import prompt, store
 from apprentice.client import Client, Failed, Stopped
 from apprentice.command import WorkError
 from apprentice.episode import Episode, Reply
-from apprentice.ledger import Replies, fingerprint
+from apprentice.ledger import Replies, fingerprint, shown_digest
 from apprentice.params import Teacher
 from apprentice.play import play_one
 from apprentice.policy import Turn
@@ -45,7 +43,7 @@ class _Player:
 
     async def reply(self, turn: Turn) -> Reply:
         messages = turn.messages
-        reply, cost = await self._reply(messages, _digest([messages, prompt.TOOLS]))
+        reply, cost = await self._reply(messages, shown_digest(messages, prompt.TOOLS))
         self.decision += 1
         total = self.policy.costs[self.seed]
         self.policy.costs[self.seed] = None if cost is None or total is None else total + cost
@@ -68,10 +66,6 @@ class _Player:
 
     def end(self) -> None:
         pass
-
-
-def _digest(value: object) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 def record(name: str, teacher: Teacher, code: str) -> Iterator[Episode]:

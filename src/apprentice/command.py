@@ -5,6 +5,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import typer
 
@@ -33,10 +34,8 @@ def guarded(application: Callable[..., None]) -> None:
     """Call it, and exit with the code that its end deserves."""
     try:
         application(standalone_mode=True)
-    except ConfigError as error:
-        _stop(str(error), 2)
-    except WorkError as error:
-        _stop(str(error), 1)
+    except (ConfigError, WorkError) as error:
+        fail(error)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -46,6 +45,11 @@ def guarded(application: Callable[..., None]) -> None:
         _stop("interrupted; run the same command again to continue", 130)
 
 
-def _stop(message: str, code: int) -> None:
+def fail(error: ConfigError | WorkError) -> NoReturn:
+    """Say it, and exit with its code."""
+    _stop(str(error), 2 if isinstance(error, ConfigError) else 1)
+
+
+def _stop(message: str, code: int) -> NoReturn:
     print(message, file=sys.stderr, flush=True)
     sys.exit(code)

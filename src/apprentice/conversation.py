@@ -78,25 +78,13 @@ class Encoded:
     """int64, (pictures, 3): patches in time, height and width."""
 
 
-def _tokens(processor, messages: list[dict]) -> tuple[list[int], list[int]]:
-    """Token ids of the prompt, one for each picture, and of the answer, if the last message is the assistant's."""
-    answered = messages[-1]["role"] == "assistant"
-    shown = messages[:-1] if answered else messages
-    before = processor.apply_chat_template(shown, tools=prompt.TOOLS, add_generation_prompt=True, tokenize=False)
-    ids = processor.tokenizer(before, add_special_tokens=False)["input_ids"]
-    if not answered:
-        return ids, []
-    whole = processor.apply_chat_template(messages, tools=prompt.TOOLS, tokenize=False)
-    # The template ends a turn with a line break that the model never says.
-    answer = whole[len(before) :].removesuffix("\n")
-    return ids, processor.tokenizer(answer, add_special_tokens=False)["input_ids"]
-
-
 def length(processor, messages: list[dict]) -> int:
-    """How many tokens `encode` would give for these messages, their pictures opened only to see how large they are."""
+    """How many tokens `encode` would give for an answered chat; its pictures are opened only to see their size."""
     images, sizes = processor.image_processor, [prompt.png_size(data) for data in _pngs(messages)]
     patches = sum(images.get_number_of_image_patches(height, width) for width, height in sizes)
-    return sum(map(len, _tokens(processor, messages))) - len(sizes) + patches // images.merge_size**2
+    whole = processor.apply_chat_template(messages, tools=prompt.TOOLS, tokenize=False).removesuffix("\n")
+    words = len(processor.tokenizer(whole, add_special_tokens=False)["input_ids"])
+    return words - len(sizes) + patches // images.merge_size**2
 
 
 def encode(processor, messages: list[dict], images: Sequence[np.ndarray] | None = None) -> Encoded:
@@ -106,7 +94,15 @@ def encode(processor, messages: list[dict], images: Sequence[np.ndarray] | None 
     decoded; otherwise they are decoded from the messages.
     """
     images = pictures(messages) if images is None else images
-    prompt_ids, answer_ids = _tokens(processor, messages)
+    answered = messages[-1]["role"] == "assistant"
+    shown = messages[:-1] if answered else messages
+    before = processor.apply_chat_template(shown, tools=prompt.TOOLS, add_generation_prompt=True, tokenize=False)
+    prompt_ids = processor.tokenizer(before, add_special_tokens=False)["input_ids"]
+    answer_ids = []
+    if answered:
+        whole = processor.apply_chat_template(messages, tools=prompt.TOOLS, tokenize=False)
+        # The template ends a turn with a line break that the model never says.
+        answer_ids = processor.tokenizer(whole[len(before) :].removesuffix("\n"), add_special_tokens=False)["input_ids"]
     if not images:
         return Encoded(prompt_ids, answer_ids, None, None)
     vision = processor.image_processor(images=list(images), return_tensors="pt")

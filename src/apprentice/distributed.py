@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import multiprocessing
 
-from apprentice.command import WorkError
+from apprentice.command import WorkError, fail
 from apprentice.params import ConfigError
 from apprentice.processes import cores, end_with_parent
 
@@ -74,5 +74,4 @@ def _rank(rank: int, work: Callable[..., None], ranks: int, port: int, args: tup
     try:
         work(*args)
     except (ConfigError, WorkError) as error:
-        print(error, file=sys.stderr, flush=True)
-        sys.exit(2 if isinstance(error, ConfigError) else 1)
+        fail(error)

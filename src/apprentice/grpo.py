@@ -82,7 +82,6 @@ def _features(episode: Episode, max_steps: int) -> np.ndarray:
         rows.append(
             np.concatenate([[1, left, left**2, now.sleeping, now.daylight], numbers, unlocked, unlocked * left])
         )
-        unlocked = unlocked.copy()
         unlocked[[ACHIEVEMENTS.index(name) for name in step.unlocked]] = 1
     return np.array(rows)
 

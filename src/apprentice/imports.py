@@ -67,6 +67,11 @@ class Report:
     invalid: Counter[str] = field(default_factory=Counter)
     """Of those kept: replies that cannot be read, by reason; `filter` deals with them as with anybody's."""
 
+    @property
+    def left_out(self) -> Counter[str]:
+        """Lines and decisions that are not used, by reason."""
+        return Counter({name: n for name, n in (self.lines + self.decisions).items() if name in _REMEDIES})
+
     def as_dict(self) -> dict:
         return {name: dict(counts.most_common()) for name, counts in vars(self).items()}
 
@@ -83,7 +88,7 @@ def read(path: Path, name: str, report: Report, held_out: Collection[int] = ()) 
         @lru_cache(maxsize=1)  # the turns of a long chat come one after the other
         def turns(offset: int) -> list[_Turn]:
             file.seek(offset)
-            return _turns(file.readline(LONGEST_LINE + 1))
+            return _turns(_row(file.readline(LONGEST_LINE + 1)))
 
         for (_, episode_id, seed), group in groupby(places, key=lambda place: (place.order, place.name, place.seed)):
             steps = []
@@ -142,7 +147,7 @@ def _places(path: Path, report: Report, held_out: frozenset[int]) -> Iterator[_P
             order, same_seed = first.setdefault(key, (number, seed))
             if seed != same_seed:
                 raise _Refused("an episode on two seeds")
-            turns = _turns(line)
+            turns = _turns(row)
             if not turns:
                 raise _Refused("no assistant turn")
         except _Refused as refused:
@@ -203,9 +208,8 @@ def _metadata(row: dict) -> tuple[str, int | None, int | None]:
     return episode_id[:200], number("step", 10**9), number("seed", 2**31)
 
 
-def _turns(line: bytes) -> list[_Turn]:
+def _turns(row: dict) -> list[_Turn]:
     """The decisions of a line. Raises _Refused if the chat itself is of a kind that we don't know."""
-    row = _row(line)
     metadata = row.get("metadata")
     model = metadata.get("model") if isinstance(metadata, dict) else None
     found, system, shown = [], [], []
@@ -324,7 +328,7 @@ def _png(url: str) -> bytes:
 
 
 def _why_nothing(report: Report) -> str:
-    reasons = Counter({name: n for name, n in (report.lines + report.decisions).items() if name in _REMEDIES})
+    reasons = report.left_out
     if report.invalid:
         reason, count = report.invalid.most_common(1)[0]
         actions = 'call the tool act with {"actions": ["move_left", …]}, by the names that Crafter\'s actions have'
@@ -337,7 +341,7 @@ def _why_nothing(report: Report) -> str:
 
 def summary(report: Report) -> str:
     """The report in a sentence."""
-    left_out = Counter({name: n for name, n in (report.lines + report.decisions).items() if name in _REMEDIES})
-    reasons = [f"{count} × {reason}" for reason, count in [*left_out.most_common(), *report.invalid.most_common()]]
+    counts = [*report.left_out.most_common(), *report.invalid.most_common()]
+    reasons = [f"{count} × {reason}" for reason, count in counts]
     kept = report.decisions["kept"]
     return f"{kept} decisions from {report.lines['read']} lines" + (f"; {', '.join(reasons)}" if reasons else "")

@@ -6,7 +6,6 @@ there's just no score.
 """
 
 import asyncio
-import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from itertools import groupby
 from apprentice import prompt
 from apprentice.client import Client, Failed, Stopped
 from apprentice.episode import Episode, Reply, Step
-from apprentice.ledger import Replies
+from apprentice.ledger import Replies, shown_digest
 from apprentice.params import Judge
 
 BEST = 10
@@ -67,7 +66,7 @@ async def _scores(episodes: Iterable[Episode], settings: Judge) -> list[Verdict]
 
 async def _judged(episode: Episode, settings: Judge, client: Client, replies: Replies, stopped: str) -> Verdict:
     asked, tools = messages(episode, settings), [_tool(settings)]
-    shown = hashlib.sha256(json.dumps([asked, tools]).encode()).hexdigest()
+    shown = shown_digest(asked, tools)
     kept = replies.get(0, 0, shown)
     if kept:
         return Verdict(episode.id, score(kept[0].message, settings))

@@ -33,6 +33,11 @@ def _hash(value) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]
 
 
+def shown_digest(messages: list[dict], tools: list[dict]) -> str:
+    """A name for all that a model was shown, by which `Replies` knows what it said."""
+    return hashlib.sha256(json.dumps([messages, tools]).encode()).hexdigest()
+
+
 def digest(path: Path) -> str:
     """The SHA-256 of a file, or of all files of a folder with their names."""
     hashed = hashlib.sha256()
