@@ -1,0 +1,23 @@
+"""The command `apprentice`: what is done by hand beside `dvc repro`. A file for each command; all are named here.
+
+A command imports what is heavy when it runs: `apprentice --help` and completion have to be quick.
+"""
+
+import typer
+
+from apprentice.cli import estimate, imports
+from apprentice.command import guarded
+
+application = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    help="Teach a vision-language model to play Crafter.",
+)
+_DATA, _RUN = "Data", "Run the pipeline"
+application.command("import", rich_help_panel=_DATA)(imports.add_imports)
+application.command("estimate", rich_help_panel=_RUN)(estimate.show_estimate)
+
+
+def main() -> None:
+    guarded(application)

@@ -1,0 +1,46 @@
+"""`apprentice import`: chats of others, checked and added to params.yaml."""
+
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from apprentice import params
+from apprentice.command import WorkError
+
+
+def add_imports(
+    files: Annotated[list[Path], typer.Argument(help="JSONL in OpenAI's chat form, pictures as data: URLs.")],
+    name: Annotated[str | None, typer.Option(help="What to call it; otherwise the file's name.")] = None,
+) -> None:
+    """Check chats of others and add them to params.yaml, beside the teachers.
+
+    Example: apprentice import chats.jsonl --name friends
+    """
+    settings = params.load()
+    if name and len(files) > 1:
+        raise params.ConfigError("--name can name one file only; import the files one by one")
+    named = {name or re.sub(r"[^A-Za-z0-9_-]+", "-", file.stem): file for file in files}
+    if len(named) < len(files):
+        raise params.ConfigError("two of the files have the same name; import them one by one, each with --name")
+    for key, file in named.items():
+        known = settings.imports.get(key)
+        if known and Path(known.file) != file:
+            raise params.ConfigError(f"imports has a {key!r} already ({known.file}); give another --name")
+        if not file.is_file():
+            raise params.ConfigError(f"there is no file {file}")
+    extended = params.with_imports({key: str(file) for key, file in named.items()})
+
+    from apprentice import imports
+
+    for key, file in named.items():
+        report = imports.Report()
+        try:
+            for _ in imports.read(file, key, report, settings.benchmark.seeds):
+                pass
+        except imports.NothingUsable as error:
+            raise WorkError(f"{error}; params.yaml is as it was") from None
+        print(f"{key}: {imports.summary(report)}")
+    params.PATH.write_text(extended)
+    print(f"added to {params.PATH}: now run dvc repro")
