@@ -96,6 +96,7 @@ def train(
         peft_config=training.lora_config(sft.lora),
         callbacks=[EarlyStoppingCallback(patience)] if patience else [],
     )
+    student.fold(trainer.model)
     trainer.train(resume_from_checkpoint=training.last_checkpoint(checkpoints))
     if not trainer.is_world_process_zero():
         return

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import SHOWN
+from peft import LoraConfig, get_peft_model
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -230,3 +231,20 @@ def test_a_few_steps_of_pretraining_teach_the_student_to_see():
     assert set(ACTIONS)  # every action is a word of the tokenizer
     for action in ACTIONS:
         assert len(processor.tokenizer(f" {action}")["input_ids"]) <= 2
+
+
+def test_folded_lora_is_the_same_function_with_the_same_gradients():
+    torch.manual_seed(0)
+    layer = torch.nn.Sequential(torch.nn.Linear(6, 5))
+    model = get_peft_model(layer, LoraConfig(r=3, lora_alpha=7, target_modules=["0"], init_lora_weights=False))
+    x = torch.randn(4, 6)
+    found = []
+    for form in (lambda model: model, student.fold):
+        model.zero_grad()
+        out = form(model)(x)
+        out.square().sum().backward()
+        found.append([out.detach(), *(p.grad.clone() for p in model.parameters() if p.requires_grad)])
+    for theirs, ours in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    with model.disable_adapter():
+        torch.testing.assert_close(model(x), layer[0].get_base_layer()(x))
