@@ -12,7 +12,7 @@ from pathlib import Path
 from apprentice import params
 from apprentice.command import WorkError, run, write_metrics
 
-OUT = Path("models/sft")
+BASE, OUT = Path("models/base"), Path("models/sft")
 DATA = {name: Path(f"data/sft/{name}.jsonl") for name in ("train", "val")}
 
 
@@ -21,45 +21,57 @@ def main() -> None:
     settings = params.load()
     sft = settings.student.sft
 
-    from transformers import AutoProcessor
-
     from apprentice import distributed, training
     from apprentice.ledger import cache, code, digest, fingerprint
 
-    processor = AutoProcessor.from_pretrained("models/base")
-    places, too_long = {}, {}
+    inputs = [digest(path) for path in (*DATA.values(), BASE)]
+    known = {
+        name: fingerprint(rows=rows, base=inputs[-1], code=code(__file__))
+        for name, rows in zip(DATA, inputs, strict=False)
+    }
+    left_out = 0
     for name, file in DATA.items():
-        places[name], too_long[name] = training.fitting(file, processor, sft.max_length)
-        if not places[name]:
-            where, shortest = f"profiles.{settings.profile}", min(too_long[name], default=0)
+        lengths = training.survey(file, BASE, known[name]).lengths
+        if not (lengths <= sft.max_length).any():
+            where, shortest = f"profiles.{settings.profile}", min(lengths, default=0)
             raise WorkError(
                 f"sft: {file} has no row of at most {sft.max_length} tokens, the shortest has {shortest}: "
                 f"raise {where}.sft.max_length, or show less by {where}.prompt"
             )
-    inputs = [digest(path) for path in (*DATA.values(), Path("models/base"))]
+        left_out += int((lengths > sft.max_length).sum())
     shaping = {"sft": sft.model_dump(mode="json"), "dtype": settings.student.dtype, "inputs": inputs}
     checkpoints = cache() / "sft" / fingerprint(**shaping, code=code(__file__))
     ranks, rows, accumulation = distributed.layout(sft.batch_size, sft.micro_batch_size)
-    left_out = sum(map(len, too_long.values()))
-    distributed.launch(train, ranks, settings.student, places, left_out, checkpoints, rows, accumulation)
+    distributed.launch(train, ranks, settings.student, known, left_out, checkpoints, rows, accumulation)
 
 
 def train(
-    profile: params.Profile, places: dict, left_out: int, checkpoints: Path, rows: int, accumulation: int
+    profile: params.Profile, known: dict[str, str], left_out: int, checkpoints: Path, rows: int, accumulation: int
 ) -> None:
-    """What each rank does. places: which rows to take of each file; rows: at once, in each rank."""
+    """What each rank does. known: the name of each file's survey. rows: at once, in each rank."""
+    import numpy as np
     import torch
     from transformers import EarlyStoppingCallback
     from trl import SFTConfig, SFTTrainer
 
-    from apprentice import student, training
+    from apprentice import dataset, distributed, student, training
 
-    sft = profile.sft
-    model, processor = student.load("models/base", dtype=profile.dtype)
-    data = {name: training.Rows(file, processor, places[name]) for name, file in DATA.items()}
+    sft, readers = profile.sft, distributed.readers()
+    model, processor = student.load(BASE, dtype=profile.dtype)
+    data = {}
+    for name, file in DATA.items():
+        survey = training.survey(file, BASE, known[name])
+        chosen = np.flatnonzero(survey.lengths <= sft.max_length)
+        lengths = survey.lengths[chosen]
+        if name == "train":
+            chosen = chosen[dataset.order(lengths, sft.batch_size, sft.epochs, sft.random_seed)]
+        else:
+            chosen = chosen[lengths.argsort(kind="stable")]  # like lengths together: little to pad
+        data[name] = training.Rows(file, processor, survey.places, chosen)
     arguments = SFTConfig(
         output_dir=str(checkpoints),
-        num_train_epochs=sft.epochs,
+        num_train_epochs=1,  # `order` has all of them
+        train_sampling_strategy="sequential",
         per_device_train_batch_size=rows,
         per_device_eval_batch_size=sft.micro_batch_size,
         gradient_accumulation_steps=accumulation,
@@ -81,6 +93,8 @@ def train(
         ddp_find_unused_parameters=False,
         seed=sft.random_seed,
         max_length=None,
+        dataloader_num_workers=readers,
+        dataloader_persistent_workers=readers > 0,
         remove_unused_columns=False,
         dataset_kwargs={"skip_prepare_dataset": True},
         report_to="none",

@@ -3,6 +3,7 @@
 import base64
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -83,8 +84,21 @@ def length(processor, messages: list[dict]) -> int:
     images, sizes = processor.image_processor, [prompt.png_size(data) for data in _pngs(messages)]
     patches = sum(images.get_number_of_image_patches(height, width) for width, height in sizes)
     whole = processor.apply_chat_template(messages, tools=prompt.TOOLS, tokenize=False).removesuffix("\n")
-    words = len(processor.tokenizer(whole, add_special_tokens=False)["input_ids"])
+    words = len(_ids(processor.tokenizer, whole))
     return words - len(sizes) + patches // images.merge_size**2
+
+
+def _ids(tokenizer, text: str) -> list[int]:
+    """Token ids of a rendered chat, one for each picture."""
+    # A special token is cut out before anything else, so what stands before the first end of turn can be kept: it's
+    # the system prompt with the tools, most of the text and the same in every row.
+    first, end, rest = text.partition(tokenizer.eos_token)
+    return [*_kept_ids(tokenizer, first + end), *tokenizer(rest, add_special_tokens=False)["input_ids"]]
+
+
+@lru_cache(maxsize=16)
+def _kept_ids(tokenizer, text: str) -> tuple[int, ...]:
+    return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def encode(processor, messages: list[dict], images: Sequence[np.ndarray] | None = None) -> Encoded:
@@ -97,7 +111,7 @@ def encode(processor, messages: list[dict], images: Sequence[np.ndarray] | None 
     answered = messages[-1]["role"] == "assistant"
     shown = messages[:-1] if answered else messages
     before = processor.apply_chat_template(shown, tools=prompt.TOOLS, add_generation_prompt=True, tokenize=False)
-    prompt_ids = processor.tokenizer(before, add_special_tokens=False)["input_ids"]
+    prompt_ids = _ids(processor.tokenizer, before)
     answer_ids = []
     if answered:
         whole = processor.apply_chat_template(messages, tools=prompt.TOOLS, tokenize=False)

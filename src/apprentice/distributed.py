@@ -34,6 +34,15 @@ def layout(batch_size: int, micro_batch_size: int, most: int | None = None) -> t
     return ranks, share // accumulation, accumulation
 
 
+def readers() -> int:
+    """How many processes prepare the rows of this rank: none without a GPU, where all cores train.
+
+    Four keep up with an H200 several times over (benchmarks/sft_data.py).
+    """
+    share = cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return min(4, max(1, share - 1)) if torch.cuda.is_available() else 0
+
+
 def launch(work: Callable[..., None], ranks: int, *args) -> None:
     """Run work(*args) once in each rank, in this process if there is just one.
 

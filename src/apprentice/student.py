@@ -136,10 +136,15 @@ def build(architecture: Architecture, tokens: PreTrainedTokenizerFast, seed: int
     return model, processor
 
 
+def processor(folder: Path | str):
+    """What turns chats and pictures into a model's inputs."""
+    found = AutoProcessor.from_pretrained(folder)
+    found.chat_template = found.tokenizer.chat_template = TEMPLATE
+    return found
+
+
 def load(folder: Path | str, adapter: Path | str | None = None, dtype: str = "float32", trainable: bool = False):
     """A model of Hugging Face's form, with a PEFT adapter if one is given. Returns (model, processor)."""
-    processor = AutoProcessor.from_pretrained(folder)
-    processor.chat_template = processor.tokenizer.chat_template = TEMPLATE
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=getattr(torch, dtype))
     if torch.cuda.is_available():
         model = model.to("cuda")
@@ -147,7 +152,7 @@ def load(folder: Path | str, adapter: Path | str | None = None, dtype: str = "fl
         keep_freed_memory()
     if adapter:
         model = fold(PeftModel.from_pretrained(model, adapter, is_trainable=trainable))
-    return model.eval(), processor
+    return model.eval(), processor(folder)
 
 
 def fold(model):

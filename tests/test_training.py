@@ -1,0 +1,134 @@
+"""Rows reach the trainer in whole batches of like length, whatever the devices, and without being held in memory."""
+
+import json
+import tracemalloc
+
+import numpy as np
+import pytest
+from conftest import SHOWN
+
+from apprentice import distributed, training
+from apprentice.conversation import length, row
+from apprentice.dataset import Jsonl, order, write_jsonl
+from apprentice.params import Prompt
+from apprentice.play import play
+from apprentice.policy import Scripted
+
+LENGTHS = np.random.default_rng(0).integers(100, 2000, 1000)
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[dict]:
+    """Of very different lengths, as imports beside a teacher's would be."""
+    episodes = play(Scripted("expert", rationale=True), [3, 4], 100, SHOWN)
+    shown = [SHOWN, Prompt(mode="text+image", rules=False, history=8), Prompt(mode="text"), Prompt(mode="text+image")]
+    return [
+        row(episode, step, settings, rationale)
+        for episode in episodes
+        for step in episode.steps
+        for settings, rationale in zip(shown, (False, True, False, True), strict=True)
+    ]
+
+
+@pytest.fixture(scope="module")
+def file(rows, tmp_path_factory):
+    path = tmp_path_factory.mktemp("rows") / "train.jsonl"
+    write_jsonl(path, rows)
+    return path
+
+
+@pytest.mark.parametrize("epochs", [0.3, 1, 2.5])
+def test_every_row_comes_once_an_epoch_and_every_batch_is_whole(epochs):
+    found = order(LENGTHS, 32, epochs, 0)
+    assert len(found) % 32 == 0 and 0 <= len(found) - epochs * len(LENGTHS) < 32
+    counts = np.bincount(found, minlength=len(LENGTHS))
+    assert counts.max() - counts.min() <= 1
+
+
+def test_fewer_rows_than_a_batch_fill_it():
+    assert np.bincount(order(LENGTHS[:3], 8, 1, 0)).tolist() in ([3, 3, 2], [3, 2, 3], [2, 3, 3])
+
+
+def test_the_order_is_that_of_its_seed():
+    assert np.array_equal(order(LENGTHS, 32, 2, 1), order(LENGTHS, 32, 2, 1))
+    assert not np.array_equal(order(LENGTHS, 32, 2, 1), order(LENGTHS, 32, 2, 2))
+
+
+def test_rows_of_nearly_one_length_stay_mixed():
+    lengths = np.array([130, 131] * 500)
+    assert (lengths[order(lengths, 10, 1, 0)].reshape(-1, 10) == 130).any(axis=1).mean() > 0.95
+
+
+@pytest.mark.parametrize(("ranks", "at_once"), [(1, 32), (1, 8), (2, 16), (4, 2), (8, 4)])
+def test_a_step_has_the_same_rows_on_any_number_of_devices(ranks, at_once):
+    from accelerate.data_loader import BatchSamplerShard
+    from torch.utils.data import BatchSampler, SequentialSampler
+
+    found = order(LENGTHS, 32, 1, 0)
+    batches = BatchSampler(SequentialSampler(found), at_once, drop_last=False)
+    shares = [list(BatchSamplerShard(batches, ranks, rank)) for rank in range(ranks)]
+    accumulation = 32 // (ranks * at_once)
+    for step, wanted in enumerate(found.reshape(-1, 32)):
+        at = slice(step * accumulation, (step + 1) * accumulation)
+        seen = [place for share in shares for batch in share[at] for place in batch]
+        assert sorted(found[seen]) == sorted(wanted)
+
+
+def test_less_than_a_tenth_is_padding(tiny_folder, tiny, file):
+    survey = training.survey(file, tiny_folder, "padding")
+
+    def padding(chosen) -> float:
+        rows = training.Rows(file, tiny[1], survey.places, chosen)
+        masks = [rows.collate(list(rows.dataset.select(range(first, first + 8))))["attention_mask"]
+                 for first in range(0, len(chosen), 8)]  # fmt: skip
+        return 1 - sum(mask.sum().item() for mask in masks) / sum(mask.numel() for mask in masks)
+
+    assert padding(order(survey.lengths, 16, 1, 0)) < 0.1
+    assert padding(np.random.default_rng(0).permutation(len(survey.lengths))) > 0.2
+
+
+@pytest.mark.parametrize("part", [16 << 20, 50_000, 1_000])
+def test_a_survey_finds_every_row_wherever_a_part_ends(tiny_folder, tiny, file, rows, monkeypatch, part):
+    monkeypatch.setattr(training, "_PART", part)
+    survey = training.survey(file, tiny_folder, "survey")
+    assert [Jsonl(file, survey.places)[index] for index in range(len(rows))] == rows
+    assert survey.lengths.tolist() == [length(tiny[1], row["messages"]) for row in rows]
+    assert survey.teachers == [{"teacher": "expert", "model": "expert", "rows": len(rows), "episodes": 2}]
+
+
+def test_a_survey_on_all_cores_is_the_same_and_is_made_once(tiny_folder, file, monkeypatch):
+    alone = training.survey(file, tiny_folder, "alone")
+    monkeypatch.setattr(training, "_PART", file.stat().st_size // 3)
+    monkeypatch.setattr(training, "_ALONE", 0)
+    spread = training.survey(file, tiny_folder, "spread")
+    assert np.array_equal(alone.lengths, spread.lengths) and np.array_equal(alone.places, spread.places)
+    assert alone.teachers == spread.teachers
+    monkeypatch.setattr(training, "_survey_part", None)
+    assert np.array_equal(training.survey(file, tiny_folder, "spread").lengths, spread.lengths)
+
+
+def test_memory_does_not_grow_with_the_rows(tiny, tmp_path):
+    """The places, and the order of an epoch: some bytes of a row of thousands."""
+
+    def peak(count: int) -> int:
+        path = tmp_path / f"{count}.jsonl"
+        line = json.dumps({"text": "x" * 100}) + "\n"
+        path.write_text(line * count)
+        places = np.arange(count) * len(line)
+        tracemalloc.start()
+        rows = training.Rows(path, tiny[1], places, order(np.full(count, 130), 32, 1, 0))
+        assert rows._rows[count - 1]["text"] and len(Jsonl(path)) == count
+        found = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return found
+
+    assert peak(200_000) - peak(2_000) < 198_000 * 25
+
+
+def test_readers_leave_the_cores_to_training_where_there_is_no_gpu(monkeypatch):
+    assert distributed.readers() == 0
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr(distributed, "cores", lambda: 16)
+    assert distributed.readers() == 4
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert distributed.readers() == 1
