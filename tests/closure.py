@@ -3,12 +3,14 @@
 import ast
 from pathlib import Path
 
+from apprentice.ledger import PLACES
+
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "src" / "apprentice"
 
 
 def imports(file: Path) -> set[str]:
-    """The modules of the package that a file imports anywhere, also within functions."""
+    """The modules of the package that a file imports anywhere, also within functions; not those of PLACES."""
     found = set()
     for node in ast.walk(ast.parse(file.read_text())):
         names = []
@@ -18,7 +20,7 @@ def imports(file: Path) -> set[str]:
             names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
         parts = [name.split(".")[1] for name in names if name.startswith("apprentice.")]
         found |= {part for part in parts if (PACKAGE / f"{part}.py").exists()}
-    return found
+    return found - PLACES
 
 
 def closure(stage: Path) -> set[str]:

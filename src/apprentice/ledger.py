@@ -29,6 +29,11 @@ def fingerprint(**settings) -> str:
     return _hash({"world": world.VERSION, "store": store.VERSION, **settings})
 
 
+PLACES = frozenset({"compute"})
+"""Modules that decide where a stage runs and never what comes out. They are in no fingerprint and no dep of dvc.yaml:
+an edit of one reruns nothing."""
+
+
 def _hash(value) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]
 
@@ -55,8 +60,8 @@ def code(stage: str) -> str:
 
     Part of the fingerprint of whatever is free to do again: after an edit nothing old is taken for new.
     """
-    library = Path(__file__).parent
-    return " ".join(digest(file) for file in [*sorted(library.glob("*.py")), Path(stage)])
+    library = [file for file in Path(__file__).parent.glob("*.py") if file.stem not in PLACES]
+    return " ".join(digest(file) for file in [*sorted(library), Path(stage)])
 
 
 def _opened(path: Path) -> sqlite3.Connection:

@@ -4,7 +4,7 @@ import io
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 from urllib.parse import urlsplit
@@ -533,10 +533,11 @@ def _checked(path: Path, text: str) -> Params:
     try:
         return Params.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(path, tree, error.errors()))) from None
+        raise ConfigError("\n".join(explain(path, tree, error.errors(), _section))) from None
 
 
-def _explain(path: Path, tree: dict, errors: Iterable[dict]) -> list[str]:
+def explain(path: Path, tree: dict, errors: Iterable[dict], known_at: Callable[[list[str]], list[str]]) -> list[str]:
+    """pydantic's errors about a YAML file in its own words; known_at: the keys known at a place in the file."""
     lines = []
     for error in errors:
         # pydantic adds names of its own to a location, of a union's branch for one: keep what stands in the file, and
@@ -550,7 +551,7 @@ def _explain(path: Path, tree: dict, errors: Iterable[dict]) -> list[str]:
                 node = node[part] if inside else None
         key = ".".join(location)
         if error["type"] == "extra_forbidden":
-            section = _section(location[:-1])
+            section = known_at(location[:-1])
             known = f"; known there: {', '.join(section)}" if section else ""
             lines.append(f"{path}: {key}: unknown key{known}")
         elif error["type"] == "missing":
@@ -558,7 +559,7 @@ def _explain(path: Path, tree: dict, errors: Iterable[dict]) -> list[str]:
         else:
             message = error["msg"].removeprefix("Value error, ")
             # Somebody may have written a key or a password there.
-            quotable = key and location[-1] not in ("api_key_env", "base_url")
+            quotable = key and not {"api_key_env", "base_url", "environment", "secrets"} & set(location)
             got = f" (it is {error['input']!r})" if quotable and not isinstance(error["input"], (dict, Section)) else ""
             lines.append(f"{path}: {key}: {message}{got}" if key else f"{path}: {message}")
     return lines

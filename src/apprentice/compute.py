@@ -1,0 +1,132 @@
+"""compute.yaml as a checked tree: where stages run, and on what. It changes no result: nothing depends on it."""
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from apprentice.params import ConfigError, Section, explain
+
+PATH = Path("compute.yaml")
+
+Variable = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+"""The name of an environment variable."""
+
+
+class Candidate(Section):
+    """One of the places where SkyPilot may find a machine; it takes the cheapest that has one."""
+
+    infra: Annotated[str, Field(min_length=1)]
+    """A cloud, Kubernetes or Slurm, narrower if you like: nebius, aws/us-east-1, k8s/my-context, slurm/my-cluster."""
+    use_spot: bool = False
+    """A cheaper machine that may be taken away; not on Slurm."""
+    instance_type: str | None = None
+    image_id: str | None = None
+
+
+class Stage(Section):
+    """Where a stage runs, and on what."""
+
+    where: Literal["here", "sky"] = "here"
+    """On this machine, or on one that SkyPilot finds; the rest is for sky only."""
+    accelerators: Annotated[str, Field(pattern=r"^[A-Za-z0-9-]+(:[1-9][0-9]*)?$")] | None = None
+    """H200:4 are four of them; null is none."""
+    cpus: Annotated[str, Field(pattern=r"^[0-9]+\+?$")] | None = None
+    """8 or 8+; null leaves it to SkyPilot."""
+    memory: Annotated[str, Field(pattern=r"^[0-9]+\+?$")] | None = None
+    """GB, 64 or 64+."""
+    any_of: Annotated[tuple[Candidate, ...], Field(strict=False)] | None = None
+    """Null is any cloud that you have enabled."""
+    disk_size: PositiveInt | None = 256
+    """GB; null leaves it to SkyPilot."""
+    teardown: bool = True
+    """Take the machine down when the outputs are here; otherwise it waits for autostop_minutes, ready for a rerun."""
+    autostop_minutes: PositiveInt = 60
+    """A machine without work for so long is taken down by itself: also when nobody fetches its outputs."""
+    environment: dict[Variable, str | None] = Field(default_factory=dict)
+    """Variables for the stage; null takes the value they have here."""
+    secrets: Annotated[tuple[Variable, ...], Field(strict=False)] = ()
+    """Names of variables whose values are taken from here and written nowhere."""
+    max_hourly_usd: PositiveFloat | None = None
+    """A machine that costs more an hour is not started."""
+    max_total_usd: PositiveFloat | None = None
+    """What all tries at the same work may cost together; a run stops when it would pass them, and can be continued."""
+    lock: Annotated[str, Field(min_length=1)] = "requirements-gpu.lock"
+    """The pinned packages of the machine."""
+    transfer: Literal["rsync", "remote"] = "rsync"
+    """How inputs and outputs travel: between here and there, or through DVC's default remote."""
+    checkpoints: str | None = None
+    """Where training is kept for a rerun: a bucket (s3://bucket/folder), a folder that all machines share
+    (/shared/folder), or null: the machine's own disk, gone when it is."""
+    managed: bool = False
+    """Run as a managed job, which SkyPilot starts again when a spot machine is taken away."""
+
+    @model_validator(mode="after")
+    def _possible(self):
+        if self.any_of == ():
+            raise ValueError("any_of is empty: name at least one place, or write null for every one you have enabled")
+        if twice := set(self.environment) & set(self.secrets):
+            raise ValueError(f"{', '.join(sorted(twice))} stands under both environment and secrets; choose one")
+        if self.checkpoints is not None and not (self.checkpoints.startswith("/") or "://" in self.checkpoints):
+            raise ValueError(
+                f"checkpoints ({self.checkpoints}) is neither a bucket (s3://bucket/folder) nor a folder (/folder)"
+            )
+        if self.managed and self.transfer != "remote":
+            raise ValueError(
+                "managed needs transfer: remote, since SkyPilot takes the machine of a managed job down by itself"
+            )
+        if self.managed and self.checkpoints is None:
+            raise ValueError("managed needs checkpoints, or a recovered job would begin anew")
+        for candidate in self.any_of or ():
+            if candidate.use_spot and candidate.infra.startswith("slurm"):
+                raise ValueError("any_of: Slurm has no spot machines; remove use_spot there")
+        return self
+
+
+class Compute(Section):
+    stages: dict[Literal["student", "sft", "rl", "benchmark"], Stage] = Field(default_factory=dict)
+    """Those that have something to do for a GPU; one that isn't named runs here."""
+
+
+def load(path: Path | None = None) -> Compute:
+    """Read and check compute.yaml; without it, everything runs here. Raises ConfigError naming the key."""
+    path = path or PATH
+    try:
+        tree: Any = YAML(typ="safe").load(path.read_text())
+    except FileNotFoundError:
+        return Compute()
+    except (UnicodeDecodeError, YAMLError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+    if tree is None:
+        return Compute()
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} must be a mapping with the keys {', '.join(Compute.model_fields)}")
+    try:
+        return Compute.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError("\n".join(explain(path, tree, error.errors(), _known_at))) from None
+
+
+def _known_at(location: list[str]) -> list[str]:
+    """The keys that compute.yaml knows at a place, for error messages."""
+    match location:
+        case []:
+            return list(Compute.model_fields)
+        case ["stages", _]:
+            return list(Stage.model_fields)
+        case ["stages", _, "any_of", _]:
+            return list(Candidate.model_fields)
+        case [section] if hasattr(annotation := Compute.model_fields[section].annotation, "model_fields"):
+            return list(annotation.model_fields)
+    return []
+
+
+def runs_elsewhere(stage: str) -> bool:
+    """Whether compute.yaml sends this stage to SkyPilot; never from the machine that SkyPilot has found."""
+    if "APPRENTICE_HERE" in os.environ:
+        return False
+    found = load().stages.get(stage)
+    return found is not None and found.where == "sky"
