@@ -45,11 +45,12 @@ def train(profile: params.Profile, judge: params.Judge | None, checkpoints: Path
     from trl import GRPOConfig
 
     from apprentice import student, training
+    from apprentice.actor import InProcess
     from apprentice.grpo import Trainer
 
     rl = profile.rl
     model, processor = student.load("models/base", "models/sft", profile.dtype, trainable=True)
-    actor, _ = student.load("models/base", dtype=profile.dtype)
+    actor = InProcess(student.load("models/base", dtype=profile.dtype)[0], processor)
     batches = rl.decisions // rl.batch_size
     arguments = GRPOConfig(
         output_dir=str(checkpoints),

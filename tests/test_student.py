@@ -204,12 +204,12 @@ def test_waiting_episodes_are_answered_together(tiny, monkeypatch):
 def test_a_merged_adapter_answers_as_the_adapter_does(tiny_folder, episode):
     from peft import LoraConfig, get_peft_model
 
-    from apprentice.grpo import merge
+    from apprentice.actor import InProcess
 
     model, processor = student.load(tiny_folder)
     adapted = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)).eval()
     actor, _ = student.load(tiny_folder)
-    merge(adapted, actor)
+    InProcess(actor, processor).update(adapted, 0)
     inputs = batch(processor, _prompts(processor, episode, 3))
     del inputs["labels"]
     with torch.no_grad():

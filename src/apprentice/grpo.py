@@ -7,13 +7,12 @@ from time import perf_counter
 import numpy as np
 import torch
 from datasets import Dataset
-from peft.tuners.lora import LoraLayer
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import use_adapter
 
+from apprentice.actor import Actor
 from apprentice.conversation import batch
 from apprentice.episode import Episode
-from apprentice.local import Local
 from apprentice.params import ConfigError, Judge, Prompt, Rl, Sampling
 from apprentice.play import play
 from apprentice.reward import returns, rewards, with_mean
@@ -91,15 +90,6 @@ def _ridge(features: np.ndarray, targets: np.ndarray) -> np.ndarray:
     return np.linalg.solve(features.T @ features + np.eye(features.shape[1]), features.T @ targets)
 
 
-@torch.no_grad()
-def merge(model, actor) -> None:
-    """Give the actor, a plain model, the weights of a PEFT model with its adapter; it answers a third faster so."""
-    for name, module in model.get_base_model().named_modules():
-        if isinstance(module, LoraLayer):
-            weight = module.get_base_layer().weight
-            actor.get_submodule(name).weight.copy_(weight + module.get_delta_weight("default"))
-
-
 class Trainer(GRPOTrainer):
     """TRL's GRPO with other data: each iteration plays groups of episodes and trains on their decisions.
 
@@ -109,7 +99,7 @@ class Trainer(GRPOTrainer):
     def __init__(
         self,
         model,
-        actor,
+        actor: Actor,
         processor,
         settings: Rl,
         shown_with: Prompt,
@@ -117,7 +107,7 @@ class Trainer(GRPOTrainer):
         args: GRPOConfig,
         judge: Judge | None = None,
     ):
-        """model: with the adapter to train. actor: the base model once more, which plays with the adapter merged.
+        """model: with the adapter to train. actor: plays with it.
 
         judge: asked if its weight in the reward is not 0.
         """
@@ -139,18 +129,13 @@ class Trainer(GRPOTrainer):
         iteration = self.state.global_step // (updates * self.num_iterations)
         generator = np.random.default_rng([self.rl.random_seed, 7, iteration, self.accelerator.process_index])
         began = perf_counter()
-        merge(self.accelerator.unwrap_model(self.model), self.actor)
-        policy = Local(
-            "student",
-            self.actor,
-            self.processing_class,
-            self.rl.temperature,
-            self.sampling.max_tokens,
-            random_seed=int(generator.integers(2**62)),
-        )
+        self.actor.wake()
+        self.actor.update(self.accelerator.unwrap_model(self.model), iteration)
+        policy = self.actor.policy(self.rl.temperature, self.sampling.max_tokens, int(generator.integers(2**62)))
         size = self.rl.group_size
         seeds = [seed for seed in self.seeds(iteration) for _ in range(size)]
         episodes = play(policy, seeds, self.rl.max_steps, self.shown_with)
+        self.actor.sleep()
         seconds = perf_counter() - began
         scores = self._scores(episodes)
         if self.rl.baseline == "linear":
