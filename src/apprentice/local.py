@@ -47,14 +47,7 @@ class Local:
             return
         waiting, self._waiting = self._waiting, []
         try:
-            rows = [
-                encode(
-                    self.processor,
-                    prompt.messages(turn.observation, turn.settings, turn.history, inline=False),
-                    [prompt.picture(turn.observation, turn.settings)] if turn.settings.mode != "text" else [],
-                )
-                for turn, _, _ in waiting
-            ]
+            rows = [shown(self.processor, turn) for turn, _, _ in waiting]
             draws = np.stack([generator.random(self.max_tokens) for _, generator, _ in waiting])
             answers = generate(self.model, self.processor, rows, draws, self.temperature)
         except BaseException as error:
@@ -77,6 +70,14 @@ class Local:
             len(ids),
             Sample(Encoded(row.prompt_ids, ids, row.pixel_values, row.image_grid_thw), logprobs),
         )
+
+
+def shown(processor, turn: Turn) -> Encoded:
+    """What the student is given at a turn: its picture is taken as it is, and not by way of a PNG."""
+    chat = prompt.messages(turn.observation, turn.settings, turn.history, inline=False)
+    return encode(
+        processor, chat, [prompt.picture(turn.observation, turn.settings)] if turn.settings.mode != "text" else []
+    )
 
 
 def load(
