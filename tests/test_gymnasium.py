@@ -1,0 +1,72 @@
+"""The Gymnasium environment passes Gymnasium's own checker and is the world that everybody here plays."""
+
+import subprocess
+import sys
+import warnings
+
+import gymnasium
+import numpy as np
+import pytest
+from gymnasium.utils.env_checker import check_env
+
+from apprentice.world import ACTIONS, World
+
+NAME = "apprentice/Crafter-v0"
+
+
+@pytest.mark.parametrize("observation", ["image", "dict"])
+def test_gymnasiums_checker_passes_without_a_warning(observation):
+    environment = gymnasium.make(NAME, observation=observation, render_mode="rgb_array", max_steps=50)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_env(environment.unwrapped)
+
+
+def test_an_episode_is_that_of_the_world_with_the_same_seed():
+    environment = gymnasium.make(NAME, observation="dict", max_steps=60)
+    world = World(7, max_steps=60)
+    seen, _ = environment.reset(seed=7)
+    expected = world.reset()
+    generator, total = np.random.default_rng(0), 0.0
+    for step in range(1, 61):
+        assert (seen["image"] == expected.image).all() and (seen["view"] == expected.view).all()
+        assert seen["vitals"].tolist() == list(expected.vitals.values())
+        action = int(generator.integers(17))
+        seen, reward, terminated, truncated, info = environment.step(action)
+        outcome = world.step(ACTIONS[action])
+        expected, total = outcome.observation, total + reward
+        assert (reward, info["unlocked"], info["steps"]) == (outcome.reward, outcome.unlocked, step)
+        assert (terminated, truncated) == (outcome.died, outcome.done and not outcome.died)
+        if outcome.done:
+            break
+    assert truncated and info["seed"] == 7
+
+
+def test_without_a_seed_the_worlds_follow_from_the_last_one():
+    environment = gymnasium.make(NAME)
+    drawn = []
+    for _ in range(2):
+        environment.reset(seed=1)
+        drawn.append([environment.reset()[1]["seed"] for _ in range(3)])
+    assert drawn[0] == drawn[1] and len(set(drawn[0])) == 3
+
+
+def test_it_renders_at_another_size_without_changing_the_episode():
+    environment = gymnasium.make(NAME, render_mode="rgb_array", render_size=180)
+    environment.reset(seed=3)
+    assert environment.render().shape == (180, 180, 3)
+
+
+def test_vectors_of_it_can_be_made():
+    environments = gymnasium.make_vec(NAME, num_envs=2, vectorization_mode="sync", max_steps=5)
+    seen, _ = environments.reset(seed=[1, 2])
+    assert seen.shape == (2, 72, 72, 3) and (seen[0] == World(1).reset().image).all()
+
+
+@pytest.mark.parametrize("order", ["apprentice, gymnasium", "gymnasium, apprentice"])
+def test_it_is_registered_in_whatever_order_and_gymnasium_is_not_imported_for_it(order):
+    code = f"import apprentice, sys; assert 'gymnasium' not in sys.modules\nimport {order}\n"
+    if order.startswith("gymnasium"):
+        code = f"import {order}\n"
+    code += f"assert '{NAME}' in gymnasium.registry"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
