@@ -1,119 +1,128 @@
-"""benchmark: every agent plays the same held-out worlds; metrics/benchmark.json, a table, and plots.
+"""benchmark: one agent plays the held-out worlds; data/benchmark/<agent>.parquet, metrics/benchmark/<agent>.json.
 
-    dvc repro benchmark        or: python stages/benchmark.py
+    dvc repro benchmark@expert                  or: python stages/benchmark.py expert
+    dvc repro benchmark_student@sft             or: python stages/benchmark.py sft
 
-Episodes go to the ledger, so that only agents that have changed play again, and to data/benchmark/<agent>.parquet.
+Who plays, and by whose rules, is in params.yaml under `benchmark`. Episodes go to the ledger as they end, and replies
+that are paid for as they come, so that a killed run continues and more seeds only add. The stage `score` compares all.
 """
 
-import csv
+from collections.abc import Iterator
 from pathlib import Path
 
 from apprentice import params
 from apprentice.command import run, write_metrics
 
-ADAPTERS = {"base": None, "sft": "models/sft", "rl": "models/rl"}
 
-
-def main() -> None:
-    """Benchmark all agents of params.yaml."""
+def main(name: str) -> None:
+    """Play the benchmark as the agent or student NAME of params.yaml."""
     settings = params.load()
     benchmark = settings.benchmark
+    if name not in benchmark.names:
+        known = ", ".join(benchmark.names)
+        raise params.ConfigError(f"params.yaml: benchmark has no agent or student {name!r}; known there: {known}")
+    agent = benchmark.agents.get(name)
+    if agent and agent.endpoint:
+        from apprentice.client import api_key
 
-    from apprentice import score, store
+        api_key(agent.endpoint, whose(name))  # before anything else: it may be missing
 
-    summaries = {}
-    for agent in benchmark.agents:
-        summaries[agent] = []
+    from apprentice import store
 
-        def counted(episodes, found=summaries[agent]):
-            for episode in episodes:
-                found.append(score.summary(episode))
-                yield episode
+    totals = dict.fromkeys(("episodes", "decisions", "prompt_tokens", "completion_tokens"), 0)
 
-        store.write(Path(f"data/benchmark/{agent}.parquet"), counted(episodes(agent, settings)))
+    def counted(episodes: Iterator) -> Iterator:
+        for episode in episodes:
+            totals["episodes"] += 1
+            totals["decisions"] += len(episode.steps)
+            totals["prompt_tokens"] += sum(step.reply.prompt_tokens for step in episode.steps)
+            totals["completion_tokens"] += sum(step.reply.completion_tokens for step in episode.steps)
+            yield episode
 
-    scores = {agent: score.score(played, benchmark.bootstrap_samples) for agent, played in summaries.items()}
-    agents = list(benchmark.agents)
-    differences = {
-        f"{better} - {worse}": score.compare(summaries[better], summaries[worse], benchmark.bootstrap_samples)
-        for index, worse in enumerate(agents)
-        for better in agents[index + 1 :]
-    }
-    plots = Path("metrics/plots")
-    plots.mkdir(parents=True, exist_ok=True)
-    write_metrics("benchmark", scores)
-    write_metrics("differences", differences)
-    with (plots / "achievements.csv").open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["agent", "achievement", "success"])
-        for agent, row in scores.items():
-            writer.writerows([agent, name, f"{rate:.6g}"] for name, rate in row["achievements"].items())
-    show(scores, differences)
+    episodes = student(name, settings) if agent is None else without_weights(name, agent, benchmark)
+    store.write(Path(f"data/benchmark/{name}.parquet"), counted(episodes))
+    write_metrics(f"benchmark/{name}", totals | {"cost_usd": dollars(name, agent, benchmark)})
+    print(f"benchmark {name}: {totals['episodes']} episodes, {totals['decisions']} decisions")
 
 
-def episodes(agent: str, settings: params.Params):
-    """The agent's episodes on the benchmark's seeds, from the ledger or played now."""
+def without_weights(name: str, agent: params.Player, benchmark: params.Benchmark) -> Iterator:
+    """The episodes of a built-in policy, or of a model behind an endpoint."""
+    from apprentice.ledger import code, fingerprint
+
+    if agent.endpoint:
+        from apprentice import chat
+
+        return chat.record(name, as_teacher(agent, benchmark), code(__file__), whose(name), benchmark.opening)
+
     from apprentice import play
-    from apprentice.ledger import code, digest, fingerprint
+    from apprentice.policy import Scripted
 
-    benchmark, profile = settings.benchmark, settings.student
-    common = {"agent": agent, "max_steps": benchmark.max_steps, "code": code(__file__)}
-    if agent not in ADAPTERS:
-        from apprentice.policy import Scripted
+    return play.record(
+        Scripted,
+        (agent.policy,),
+        benchmark.seeds,
+        benchmark.steps,
+        agent.prompt,
+        fingerprint=fingerprint(agent=name, play=agent.model_dump(mode="json"), **rules(benchmark)),
+        agent=name,
+        opening=benchmark.opening,
+    )
 
-        key = fingerprint(**common)
-        return play.record(
-            Scripted, (agent,), benchmark.seeds, benchmark.max_steps, params.Prompt(), fingerprint=key, agent=agent
-        )
-    from apprentice import local
+
+def student(name: str, settings: params.Params) -> Iterator:
+    """The episodes of the student with these weights, played in this process and its like."""
+    from apprentice import local, play
+    from apprentice.ledger import digest, fingerprint
     from apprentice.processes import cores
 
-    sampling, adapter = profile.sampling, ADAPTERS[agent]
+    benchmark, profile, weights = settings.benchmark, settings.student, settings.benchmark.students[name]
+    sampling, adapter = profile.sampling, None if weights == "models/base" else weights
     together = sampling.batch_size
-    folders = [Path("models/base"), *([Path(adapter)] if adapter else [])]
     key = fingerprint(
-        **common,
+        agent=name,
         prompt=profile.prompt.model_dump(mode="json"),
         sampling=sampling.model_dump(mode="json"),
         dtype=profile.dtype,
-        weights=[digest(folder) for folder in folders],
+        weights=[digest(Path(folder)) for folder in ("models/base", adapter) if folder],
+        **rules(benchmark),
     )
     processes = min(cores(), -(-len(benchmark.seeds) // together))
     return play.record(
         local.load,
-        (agent, adapter, profile.dtype, sampling.temperature, sampling.max_tokens, max(1, cores() // processes)),
+        (name, adapter, profile.dtype, sampling.temperature, sampling.max_tokens, max(1, cores() // processes)),
         benchmark.seeds,
-        benchmark.max_steps,
+        benchmark.steps,
         profile.prompt,
         fingerprint=key,
-        agent=agent,
+        agent=name,
+        opening=benchmark.opening,
         together=together,
     )
 
 
-def show(scores: dict, differences: dict) -> None:
-    from rich.console import Console
-    from rich.table import Table
+def rules(benchmark: params.Benchmark) -> dict:
+    """What shapes every agent's episodes."""
+    from apprentice.ledger import code
 
-    columns = ["agent", "achievement rate", "95 % interval", "Crafter score", "reward", "steps", "invalid"]
-    table = Table(*columns, title=f"{next(iter(scores.values()))['episodes']} held-out worlds")
-    for agent, row in scores.items():
-        low, high = row["achievement_rate_ci95"]
-        table.add_row(
-            agent,
-            f"{row['achievement_rate']:.1%}",
-            f"{low:.1%} to {high:.1%}",
-            f"{row['crafter_score']:.1f}",
-            f"{row['reward']:.2f}",
-            f"{row['steps_mean']:.0f}",
-            f"{row['invalid_rate']:.1%}",
-        )
-    console = Console(width=None)
-    console.print(table)
-    for pair in ("sft - base", "rl - sft"):
-        if pair in differences:
-            low, high = differences[pair]["ci95"]
-            console.print(f"{pair}: {differences[pair]['difference']:+.1%} ({low:+.1%} to {high:+.1%}), same worlds")
+    return {"max_steps": benchmark.steps, "opening": benchmark.opening, "code": code(__file__)}
+
+
+def as_teacher(agent: params.Player, benchmark: params.Benchmark) -> params.Teacher:
+    return params.Teacher(**dict(agent), seeds=benchmark.seeds, max_steps=benchmark.steps)
+
+
+def whose(name: str) -> str:
+    return f"benchmark.agents.{name}.endpoint"
+
+
+def dollars(name: str, agent: params.Player | None, benchmark: params.Benchmark) -> float | None:
+    """What the episodes have cost; None if a price is not known."""
+    if agent is None or agent.endpoint is None:
+        return 0.0
+    from apprentice import chat
+
+    cost, _ = chat.cost(name, as_teacher(agent, benchmark), benchmark.opening)
+    return cost if cost is None else round(cost, 9)
 
 
 if __name__ == "__main__":

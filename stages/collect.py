@@ -28,7 +28,7 @@ def main(
     teacher = settings.teachers[name]
     if status:
         show_status(name, teacher)
-        return
+        raise typer.Exit
     if teacher.endpoint:
         from apprentice.client import api_key
 

@@ -35,7 +35,6 @@ MEASURED = {
     "profiles__tiny__rl__decisions": 3072,
     "benchmark__seeds": "200000-200063",
     "benchmark__max_steps": 200,
-    "benchmark__agents": ["base", "sft", "rl"],
 }
 """The settings of the run that LOG.md has the times of, and of the plans."""
 

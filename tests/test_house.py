@@ -15,6 +15,7 @@ DVC = [sys.executable, "-m", "dvc"]
 yaml = YAML(typ="safe")
 PIPELINE = yaml.load((ROOT / "dvc.yaml").read_text())["stages"]
 STAGES = {name: stage.get("do", stage) for name, stage in PIPELINE.items()}
+FILES = {name: re.match(r"python (stages/\w+\.py)", stage["cmd"])[1] for name, stage in STAGES.items()}
 NOUNS = {"params", "episode", "world", "game", "picture", "terrain", "compiled", "prompt", "policy", "expert", "ledger"}
 NOUNS |= {"store", "processes", "torchvision_operators", "command", "client", "prices"}
 
@@ -40,9 +41,15 @@ def test_only_faces_load_the_parameters():
 
 @pytest.mark.parametrize("name", STAGES)
 def test_a_stage_depends_on_every_file_that_it_imports(name):
-    stage = ROOT / "stages" / f"{name}.py"
     code = {dep for dep in STAGES[name]["deps"] if dep.endswith(".py")}
-    assert code == {f"stages/{name}.py"} | closure(stage)
+    assert code == {FILES[name]} | closure(ROOT / FILES[name])
+
+
+def test_no_stage_has_a_time_that_another_depends_on():
+    """Times differ from run to run: only the report shows them."""
+    for name, stage in STAGES.items():
+        times = [dep for dep in stage["deps"] if dep.startswith("metrics/times")]
+        assert not times or name == "report", name
 
 
 @pytest.fixture(scope="module")
@@ -89,15 +96,20 @@ def rerun(top: Path) -> set[str]:
     return set(re.findall(r"^Running stage '(.+)':$", done.stdout, re.MULTILINE))
 
 
+AGENTS = {"benchmark@random", "benchmark@noop", "benchmark@expert"}
+STUDENTS = {"benchmark_student@base", "benchmark_student@sft", "benchmark_student@rl"}
+
+
 def after(*changed: str) -> set[str]:
     """These stages and all that depend on them."""
     next_ones = {
-        "collect@expert": "filter", "import@others": "filter",
-        "filter": "split", "split": "sft", "student": "sft", "sft": "rl", "rl": "benchmark",
+        "collect@expert": {"filter"}, "import@others": {"filter"}, "filter": {"split", "score"}, "split": {"sft"},
+        "student": {"sft", *STUDENTS}, "sft": {"rl", "benchmark_student@sft", "score"},
+        "rl": {"benchmark_student@rl", "score"}, **{name: {"score"} for name in (*AGENTS, *STUDENTS)},
     }  # fmt: skip
     found = set(changed)
     for _ in next_ones:
-        found |= {next_ones[name] for name in found if name in next_ones}
+        found = found.union(*(next_ones.get(name, ()) for name in found))
     return found
 
 
@@ -107,14 +119,16 @@ def after(*changed: str) -> set[str]:
         ("teachers.expert.explore", 0.3, {"collect@expert", "filter"}),
         ("filter.min_steps_per_episode", 7, {"filter"}),
         ("split.random_seed", 43, {"split"}),
-        ("profiles.tiny.dtype", "bfloat16", {"sft"}),
+        ("profiles.tiny.dtype", "bfloat16", {"sft", *STUDENTS}),
         ("profiles.tiny.prompt.history", 3, {"split", "student"}),
-        ("profiles.tiny.sampling.temperature", 0.9, {"rl", "benchmark"}),
+        ("profiles.tiny.sampling.temperature", 0.9, {"rl", *STUDENTS}),
         ("profiles.tiny.student.random_seed", 1, {"student"}),
         ("profiles.tiny.sft.learning_rate", 1e-3, {"sft"}),
         ("profiles.tiny.rl.learning_rate", 1e-4, {"rl"}),
-        ("benchmark.max_steps", 100, {"benchmark"}),
-        ("benchmark.seeds", "200000-200031", {"import@others", "benchmark"}),
+        ("benchmark.max_steps", 100, {*AGENTS, *STUDENTS}),
+        ("benchmark.protocol", "balrog", {*AGENTS, *STUDENTS}),
+        ("benchmark.agents.random.prompt", {"history": 1}, {"benchmark@random"}),
+        ("benchmark.seeds", "200000-200031", {"import@others", *AGENTS, *STUDENTS}),
         ("profiles.qwen2b.sft.learning_rate", 1e-3, set()),
     ],
 )
@@ -136,9 +150,10 @@ def test_a_changed_module_reruns_the_stages_that_import_it_and_nothing_else(repo
     file = repository / "src" / "apprentice" / module
     file.write_text(file.read_text() + "\n# changed\n")
     path = f"src/apprentice/{module}"
-    users = {name for name in STAGES if path in closure(ROOT / "stages" / f"{name}.py")}
-    of_each = {"collect": "collect@expert", "import": "import@others"}
-    assert rerun(repository) == after(*(of_each.get(name, name) for name in users))
+    users = {name for name in STAGES if path in closure(ROOT / FILES[name])}
+    of_each = {"collect": {"collect@expert"}, "import": {"import@others"}}
+    of_each |= {"benchmark": AGENTS, "benchmark_student": STUDENTS}
+    assert rerun(repository) == after(*set().union(*(of_each.get(name, {name}) for name in users)))
 
 
 def test_nothing_reruns_when_nothing_changed(repository):
@@ -163,3 +178,18 @@ def test_another_import_is_read_alone_and_goes_into_the_filter(repository):
 def test_a_changed_file_of_an_import_reruns_that_import(repository):
     (repository / "others.jsonl").write_text("changed")
     assert rerun(repository) == after("import@others")
+
+
+def test_another_agent_of_the_benchmark_plays_alone(repository):
+    file = repository / "params.yaml"
+    tree = yaml.load(file.read_text())
+    tree["benchmark"]["agents"]["monkey"] = {"policy": "random"}
+    with file.open("w") as out:
+        yaml.dump(tree, out)
+    assert rerun(repository) == {"benchmark@monkey", "score"}
+
+
+def test_other_weights_make_nobody_play_but_the_student_that_has_them(repository):
+    (repository / "models/rl").write_text("changed")
+    subprocess.run([*DVC, "commit", "--force", "rl"], cwd=repository, check=True, capture_output=True)
+    assert rerun(repository) == {"benchmark_student@rl", "score"}

@@ -141,7 +141,19 @@ def test_1e_5_without_a_point_is_a_number(tmp_path):
         ({"teachers": {}}, ["neither a teacher nor an import"]),
         ({"filter__detect_loops": True}, ["filter.detect_loops", "'off', 'decision' or 'episode'"]),
         ({"split__val_fraction": 1}, ["split.val_fraction", "less than 1"]),
-        ({"benchmark__agents": ["rl", "rll"]}, ["benchmark.agents.1", "'rll'"]),
+        ({"benchmark__agents": {"rll": {"policy": "rl"}}}, ["benchmark.agents.rll.policy", "'rl'"]),
+        ({"benchmark__agents": {"a": {"policy": "noop", "seeds": "0"}}}, ["benchmark.agents.a.seeds", "known there"]),
+        ({"benchmark__agents": {"gpt": {"policy": "chat"}}}, ["benchmark.agents.gpt", "needs an endpoint"]),
+        ({"benchmark__agents": {"sft": {"policy": "noop"}}}, ["'sft'", "both an agent and a student"]),
+        ({"benchmark__agents": {}, "benchmark__students": {}}, ["benchmark: nobody plays"]),
+        ({"benchmark__protocol": "atari"}, ["benchmark.protocol", "'balrog'"]),
+        ({"benchmark__protocol": "balrog", "benchmark__max_steps": 2001}, ["benchmark: max_steps is 2001", "2000"]),
+        ({"benchmark__protocol": "balrog", "benchmark__seeds": "200000-200008"}, ["seeds are 9", "10 episodes"]),
+        (
+            {"benchmark__protocol": "balrog", "profiles__tiny__sampling__temperature": 0.7},
+            ["profiles.tiny.sampling.temperature is 0.7", "balrog plays at 1.0"],
+        ),
+        ({"benchmark__protocol": "crafter", "benchmark__max_steps": 200}, ["protocol crafter has 10000"]),
         ({"profiles__tiny__rl__learning_rate": float("nan")}, ["profiles.tiny.rl.learning_rate: ", "nan"]),
         ({"benchmark": REMOVED}, ["benchmark: is required"]),
         ({"profiles__tiny__rl__seeds": REMOVED}, ["profiles.tiny.rl.seeds: is required"]),
@@ -334,7 +346,7 @@ def test_without_a_file_the_error_says_where_to_run(tmp_path, monkeypatch):
 @pytest.mark.parametrize("file", STAGES, ids=lambda file: file.stem)
 def test_a_stage_ends_with_code_2_before_it_touches_anything(tmp_path, file):
     changed(tmp_path, benchmark__seeds="9-5")
-    arguments = ["expert"] if file.stem in ("collect", "import") else []
+    arguments = ["expert"] if file.stem in ("collect", "import", "benchmark") else []
     ended = stage(file, *arguments, folder=tmp_path)
     assert ended.returncode == 2, ended.stderr
     assert "params.yaml: benchmark.seeds: the range 9-5 runs backwards" in ended.stderr

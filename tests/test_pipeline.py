@@ -154,8 +154,8 @@ def test_nothing_runs_again(ran):
 
 def test_another_clone_gives_the_same_bytes(ran, tmp_path):
     agents = ["random", "expert"]
-    top = checkout(tmp_path / "other", SMALL | {"benchmark.agents": agents})
-    for command in (["collect", "expert"], ["filter"], ["split"], ["benchmark"]):
+    top = checkout(tmp_path / "other", SMALL)
+    for command in (["collect", "expert"], ["filter"], ["split"], *(["benchmark", agent] for agent in agents)):
         stage(top, tmp_path / "cache", f"stages/{command[0]}.py", *command[1:])
     files = ["data/traces/expert.parquet", "data/filtered.parquet", "data/sft/train.jsonl", "data/sft/val.jsonl"]
     for name in [*files, "metrics/filter.json", *(f"data/benchmark/{agent}.parquet" for agent in agents)]:

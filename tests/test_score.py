@@ -7,7 +7,7 @@ import pytest
 
 from apprentice.episode import Episode, Reply, Step
 from apprentice.prompt import answer
-from apprentice.score import Summary, compare, interval, score, summary
+from apprentice.score import Summary, compare, compare_all, interval, intervals, score, summary, warnings
 from apprentice.world import ACHIEVEMENTS, World
 
 SAMPLES = 500
@@ -131,3 +131,83 @@ def test_only_seeds_that_both_have_played_count():
     found = compare([some(seed, 5) for seed in range(10)], [some(seed, 1) for seed in range(8, 20)], SAMPLES)
     assert found["pairs"] == 2
     assert found["difference"] == pytest.approx(4 / 22)
+
+
+def test_the_score_from_a_files_columns_is_that_of_its_episodes(tmp_path):
+    from apprentice import play, store
+    from apprentice.params import Prompt
+    from apprentice.policy import Scripted
+    from apprentice.score import summaries
+
+    episodes = play.play(Scripted("random"), [1, 2], 40, Prompt())
+    store.write(tmp_path / "random.parquet", episodes)
+    columns = ["seed", "step", "unlocked", "reward", "executed", "invalid"]
+    assert summaries(store.columns(tmp_path / "random.parquet", columns)) == [summary(one) for one in episodes]
+
+
+def test_every_metric_has_an_interval_around_it():
+    generator = np.random.default_rng(3)
+    episodes = [
+        played(seed, *np.array(ACHIEVEMENTS)[generator.random(22) < 0.4], reward=generator.normal(), invalid=seed % 3)
+        for seed in range(40)
+    ]
+    row, found = score(episodes, SAMPLES), intervals(episodes, SAMPLES)
+    for name in ("achievement_rate", "crafter_score", "reward", "invalid_rate"):
+        low, high = found[name]
+        assert low < row[name] < high, name
+    assert found["achievement_rate"] == row["achievement_rate_ci95"]
+    for name, (low, high) in found["achievements"].items():
+        assert 0 <= low <= row["achievements"][name] <= high <= 1
+
+
+def test_what_no_episode_has_shown_may_still_happen():
+    """Wilson's interval of 0 of 20 reaches to 16 %; a bootstrap's would be 0 to 0."""
+    low, high = intervals([some(seed, 0) for seed in range(20)], SAMPLES)["achievements"]["eat_cow"]
+    assert (low, high) == (0, pytest.approx(0.161, abs=0.001))
+
+
+def test_a_difference_on_every_world_is_no_chance_and_none_at_all_is():
+    better, worse = [some(seed, 9 + seed % 2) for seed in range(20)], [some(seed, 5) for seed in range(20)]
+    assert compare(better, worse, SAMPLES)["p"] < 0.01
+    assert compare(worse, worse, SAMPLES)["p"] == 1
+    found = compare(better, worse, SAMPLES)
+    assert (found["better"], found["worse"], found["pairs"]) == (20, 0, 20)
+
+
+def test_worlds_are_paired():
+    """The worlds differ much more than the agents: unpaired this would drown."""
+    worse = [some(seed, seed) for seed in range(20)]
+    better = [some(seed, seed + 1 + seed % 2) for seed in range(20)]
+    assert compare(better, worse, SAMPLES)["p"] < 0.01
+
+
+def test_many_comparisons_make_each_count_for_less():
+    generator = np.random.default_rng(5)
+    agents = {f"agent{index}": [some(seed, generator.integers(3, 9)) for seed in range(30)] for index in range(6)}
+    found = compare_all(agents, SAMPLES)
+    assert len(found) == 15 and "agent1 - agent0" in found
+    ranked = sorted(found.values(), key=lambda row: row["p"])
+    assert all(row["p_holm"] >= row["p"] for row in ranked)
+    assert ranked[0]["p_holm"] == pytest.approx(min(1, 15 * ranked[0]["p"]))
+    assert [row["p_holm"] for row in ranked] == sorted(row["p_holm"] for row in ranked)
+
+
+def test_a_claim_that_the_episodes_cannot_support_is_warned_of():
+    close = {"base": [some(seed, 5 + seed % 4) for seed in range(12)], "sft": [some(seed, 7) for seed in range(12)]}
+    far = {"base": [some(seed, 2 + seed % 2) for seed in range(12)], "sft": [some(seed, 9) for seed in range(12)]}
+    few = {"base": [some(seed, 2 + seed % 2) for seed in range(9)]}
+
+    def said(agents: dict) -> list[str]:
+        scores = {name: score(episodes, SAMPLES) for name, episodes in agents.items()}
+        return warnings(scores, compare_all(agents, SAMPLES))
+
+    assert said(far) == []
+    assert len(said(close)) == 1 and said(close)[0].startswith("sft and base can't be told apart on 12 worlds")
+    assert said(few) == ["base: 9 episodes are too few for its interval to be trusted; play 10 or more"]
+
+
+def test_a_smaller_difference_needs_more_worlds_by_the_usual_formula():
+    """(1.96 + 0.84)² × variance / difference²: 5 % significance, 80 % power."""
+    one = [some(seed, 6 + seed % 2) for seed in range(40)]  # better by 0 or 1 of 22: mean 0.5, deviation 0.506
+    other = [some(seed, 6) for seed in range(40)]
+    assert compare(one, other, SAMPLES)["needed"] == 9

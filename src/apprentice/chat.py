@@ -68,16 +68,18 @@ class _Player:
         pass
 
 
-def record(name: str, teacher: Teacher, code: str) -> Iterator[Episode]:
+def record(name: str, teacher: Teacher, code: str, whose: str = "", opening: tuple[str, ...] = ()) -> Iterator[Episode]:
     """The teacher's episodes in the order of its seeds; what isn't there yet is played first.
 
-    code: the digest of what turns replies into episodes. Raises ConfigError when the endpoint refuses the key or the
-    model, WorkError when too many episodes have failed or the money is spent; a later run goes on in every case.
+    code: the digest of what turns replies into episodes. whose: where its settings stand, for error messages, if not
+    under teachers. opening: actions before the first decision, see `play_one`. Raises ConfigError when the endpoint
+    refuses the key or the model, WorkError when too many episodes have failed or the money is spent; a later run goes
+    on in every case.
     """
     endpoint, seeds = teacher.endpoint, teacher.seeds
     with Replies(name, endpoint.asked, alone=True) as replies:
-        client = Client(endpoint, f"teachers.{name}.endpoint", replies.spent() or 0.0)
-        policy, run = Chat(name, client, replies), _run(name, teacher)
+        client = Client(endpoint, whose or f"teachers.{name}.endpoint", replies.spent() or 0.0)
+        policy, run = Chat(name, client, replies), _run(name, teacher, opening)
         finished, failures = replies.finished(run, code), {}
         missing = [seed for seed in seeds if seed not in finished]
         with tqdm(total=len(seeds), desc=name, unit="episode", mininterval=1) as bar:
@@ -95,7 +97,7 @@ def record(name: str, teacher: Teacher, code: str) -> Iterator[Episode]:
                 bar.set_postfix_str(f"{len(failures)} failed{spent}", refresh=False)
                 bar.update()
 
-            asyncio.run(_play(policy, name, teacher, missing, ended))
+            asyncio.run(_play(policy, name, teacher, opening, missing, ended))
         if policy.stopped:
             raise policy.stopped
         if len(failures) > endpoint.max_failure_rate * len(seeds) or len(failures) == len(seeds):
@@ -106,7 +108,12 @@ def record(name: str, teacher: Teacher, code: str) -> Iterator[Episode]:
 
 
 async def _play(
-    policy: Chat, name: str, teacher: Teacher, seeds: list[int], ended: Callable[[int, bytes | Failed], None]
+    policy: Chat,
+    name: str,
+    teacher: Teacher,
+    opening: tuple[str, ...],
+    seeds: list[int],
+    ended: Callable[[int, bytes | Failed], None],
 ) -> None:
     """Play an episode on each seed, so many at once, each at its own pace; the first ConfigError ends all."""
     waiting = iter(seeds)
@@ -116,7 +123,9 @@ async def _play(
             if policy.stopped:
                 break
             try:
-                episode = await play_one(policy, seed, teacher.max_steps, teacher.prompt, name, teacher.explore)
+                episode = await play_one(
+                    policy, seed, teacher.max_steps, teacher.prompt, name, teacher.explore, opening
+                )
                 # In a thread: it takes a millisecond a decision, and the others shall go on.
                 result = await asyncio.to_thread(store.to_bytes, episode)
             except Failed as error:
@@ -134,10 +143,10 @@ async def _play(
         raise errors.exceptions[0] from None
 
 
-def cost(name: str, teacher: Teacher) -> tuple[float | None, float | None]:
+def cost(name: str, teacher: Teacher, opening: tuple[str, ...] = ()) -> tuple[float | None, float | None]:
     """Dollars for the finished episodes on the teacher's seeds, and for all replies; None without a price."""
     with Replies(name, teacher.endpoint.asked) as replies:
-        finished = replies.finished(_run(name, teacher))
+        finished = replies.finished(_run(name, teacher, opening))
         costs = [finished[seed] for seed in teacher.seeds if seed in finished]
         return None if None in costs else sum(costs), replies.spent()
 
@@ -158,9 +167,11 @@ def status(name: str, teacher: Teacher) -> str:
     return "\n".join(lines + ([f"failed: {_counted(failed)}"] if failed else []))
 
 
-def _run(name: str, teacher: Teacher) -> str:
+def _run(name: str, teacher: Teacher, opening: tuple[str, ...] = ()) -> str:
     """A name for how the episodes are played, whatever it may cost and however fast it goes."""
     settings = teacher.model_dump(mode="json", include={"max_steps", "explore", "prompt"})
+    if opening:
+        settings["opening"] = opening
     return fingerprint(agent=name, teacher=settings, endpoint=teacher.endpoint.asked)
 
 

@@ -1,8 +1,10 @@
 """How every command ends: 0; 1 the work failed; 2 bad usage or configuration; 130 interrupted."""
 
 import errno
+import functools
 import json
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
@@ -10,6 +12,7 @@ from typing import NoReturn
 import typer
 
 from apprentice.params import ConfigError
+from apprentice.processes import cores
 
 
 class WorkError(Exception):
@@ -24,9 +27,21 @@ def write_metrics(name: str, values: dict) -> None:
 
 
 def run(main: Callable[..., None]) -> None:
-    """Run a stage's main() as a command line; errors of ours are one message, others a traceback."""
+    """Run a stage's main() as a command line; errors of ours are one message, others a traceback.
+
+    How long it took goes to metrics/times/<stage>.json (of a foreach stage <stage>-<key>), an out of each stage: it
+    differs from run to run, so nothing but the report may depend on it.
+    """
     application = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    application.command()(main)
+
+    @application.command()
+    @functools.wraps(main)
+    def timed(**arguments) -> None:
+        began = time.monotonic()
+        main(**arguments)
+        name = "-".join([Path(sys.argv[0]).stem, *(str(value) for value in arguments.values() if value)])
+        write_metrics(f"times/{name}", {"seconds": round(time.monotonic() - began, 1), "cores": cores()})
+
     guarded(application)
 
 

@@ -170,7 +170,7 @@ def _student(settings: Params, read: int) -> list[Line]:
 
     rows = round(read * kept["share"] * (1 - settings.split.val_fraction))
     episodes = rl.iterations * rl.groups * rl.group_size
-    students = sum(agent in ("base", "sft", "rl") for agent in benchmark.agents)
+    students = len(benchmark.students)
     lines = [
         line("sft", 0, round(rows * sft.epochs), f"{rows:,} rows ({kept['share']:.1%} kept) × {sft.epochs:g} epochs"),
         line(
@@ -181,9 +181,9 @@ def _student(settings: Params, read: int) -> list[Line]:
         ),
         line(
             "benchmark",
-            students * len(benchmark.seeds) * benchmark.max_steps,
+            students * len(benchmark.seeds) * benchmark.steps,
             0,
-            f"{students} students × {len(benchmark.seeds)} worlds × at most {benchmark.max_steps} decisions",
+            f"{students} students × {len(benchmark.seeds)} worlds × at most {benchmark.steps} decisions",
         ),
     ]
     lines[0] = replace(lines[0], sources=(*lines[0].sources, f"share kept: {kept['source']}"))

@@ -167,16 +167,11 @@ class Endpoint(Section):
         return self
 
 
-class Teacher(Section):
+class Player(Section):
+    """Who plays without weights of ours: an agent of the benchmark, or a teacher."""
+
     policy: Literal["expert", "random", "noop", "chat"]
     """chat: a model behind an endpoint. The others are built in."""
-    seeds: Seeds
-    max_steps: Annotated[int, Field(ge=1, le=10_000)] = 200
-    """Environment steps after which an episode ends."""
-    explore: Fraction = 0.0
-    """Share of actions replaced by random ones when executed; the trace keeps the teacher's own as the label."""
-    rationale: bool = False
-    """The expert says in a sentence what it is about to do; the text beside its tool call in the trace."""
     prompt: Prompt = Prompt()
     endpoint: Endpoint | None = None
     """For chat, and only for it."""
@@ -191,6 +186,16 @@ class Teacher(Section):
         elif "mode" not in self.prompt.model_fields_set:
             raise ValueError("policy chat needs prompt.mode, since pictures cost: text+image, image or text")
         return self
+
+
+class Teacher(Player):
+    seeds: Seeds
+    max_steps: Annotated[int, Field(ge=1, le=10_000)] = 200
+    """Environment steps after which an episode ends."""
+    explore: Fraction = 0.0
+    """Share of actions replaced by random ones when executed; the trace keeps the teacher's own as the label."""
+    rationale: bool = False
+    """The expert says in a sentence what it is about to do; the text beside its tool call in the trace."""
 
     @model_validator(mode="after")
     def _has_reasons(self):
@@ -419,16 +424,55 @@ class Profile(Section):
     rl: Rl
 
 
-AGENTS = ("random", "noop", "expert", "base", "sft", "rl")
+_PROTOCOL_STEPS = {"quick": 200, "balrog": 2_000, "crafter": 10_000}
 
 
 class Benchmark(Section):
+    """Who plays for the record, and by whose rules."""
+
+    protocol: Literal["quick", "balrog", "crafter"] = "quick"
+    """quick: 200 steps, or as many as you like, on as many worlds as you like. balrog (arXiv 2411.13543): 10 episodes
+    or more, at most 2,000 steps, temperature 1.0, and a noop before the first decision that isn't counted. crafter
+    (arXiv 2109.06780): 10,000 steps, as for the published Crafter scores."""
     seeds: Seeds
-    max_steps: Annotated[int, Field(ge=1, le=10_000)] = 200
-    agents: Annotated[tuple[Literal["random", "noop", "expert", "base", "sft", "rl"], ...], Field(strict=False)] = (
-        AGENTS
-    )
+    max_steps: Annotated[int, Field(ge=1, le=10_000)] | None = None
+    """Environment steps after which an episode ends; null is what the protocol says."""
+    agents: dict[Name, Player] = {name: Player(policy=name) for name in ("random", "noop", "expert")}
+    """Who plays without weights of ours, by name: built in, or a model behind an endpoint."""
+    students: dict[Name, Annotated[str, Field(min_length=1)]] = {}
+    """Folders of weights to play with, by name: models/base, or an adapter for it. They must be outs of this pipeline,
+    or tracked by DVC."""
     bootstrap_samples: PositiveInt = 10_000
+
+    @property
+    def steps(self) -> int:
+        """The most environment steps of an episode."""
+        return self.max_steps or _PROTOCOL_STEPS[self.protocol]
+
+    @property
+    def opening(self) -> tuple[str, ...]:
+        """Actions before the first decision that count for nothing."""
+        return ("noop",) if self.protocol == "balrog" else ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All who play."""
+        return (*self.agents, *self.students)
+
+    @model_validator(mode="after")
+    def _possible(self):
+        if not self.names:
+            raise ValueError("nobody plays: name one under agents or students")
+        if both := self.agents.keys() & self.students.keys():
+            raise ValueError(f"{min(both)!r} is both an agent and a student; give one another name")
+        most, least = _PROTOCOL_STEPS[self.protocol], 10 if self.protocol == "balrog" else 1
+        if self.protocol == "balrog" and self.steps > most:
+            raise ValueError(f"max_steps is {self.steps}, and protocol balrog has at most {most}; set it to null")
+        if self.protocol == "crafter" and self.steps != most:
+            raise ValueError(f"max_steps is {self.steps}, and protocol crafter has {most}; set it to null")
+        if len(self.seeds) < least:
+            raise ValueError(f"seeds are {len(self.seeds)}, and protocol balrog has {least} episodes or more")
+        return self
 
 
 class Params(Section):
@@ -474,6 +518,16 @@ class Params(Section):
             uses[f"profiles.{self.profile}.student.pretraining.seeds"] = self.student.student.pretraining.seeds
         uses["benchmark.seeds"] = self.benchmark.seeds
         _disjoint(uses)
+        if self.benchmark.protocol == "balrog":
+            drawn = {f"profiles.{self.profile}.sampling": self.student.sampling} if self.benchmark.students else {}
+            for name, agent in self.benchmark.agents.items():
+                drawn |= {f"benchmark.agents.{name}.endpoint": agent.endpoint} if agent.endpoint else {}
+            for key, section in drawn.items():
+                if section.temperature != 1.0:
+                    raise ValueError(
+                        f"{key}.temperature is {section.temperature}, and protocol balrog plays at 1.0; "
+                        "set it to 1.0, or benchmark.protocol to quick"
+                    )
         if self.split.include_images is False and self.student.prompt.mode != "text":
             raise ValueError(
                 "split.include_images is false but profiles."
@@ -571,9 +625,9 @@ def _section(location: list[str]) -> list[str]:
     for part in location:
         field = getattr(model, "model_fields", {}).get(part)
         if field is None:
-            named = {"teachers": Teacher, "imports": Import, "profiles": Profile}
+            named = {"teachers": Teacher, "imports": Import, "profiles": Profile, "agents": Player}
             model = named.get(model) if isinstance(model, str) else None
-        elif part in ("teachers", "imports", "profiles"):
+        elif part in ("teachers", "imports", "profiles", "agents"):
             model = part
             continue
         elif part == "student":

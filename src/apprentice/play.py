@@ -20,18 +20,27 @@ _EXPLORED = tuple(action for action in ACTIONS if action != "sleep")
 
 
 async def play_one(
-    policy: Policy, seed: int, max_steps: int, settings: Prompt, agent: str = "", explore: float = 0.0
+    policy: Policy,
+    seed: int,
+    max_steps: int,
+    settings: Prompt,
+    agent: str = "",
+    explore: float = 0.0,
+    opening: Sequence[str] = (),
 ) -> Episode:
     """Play one episode on the world of this seed.
 
     An invalid reply costs a noop, is recorded with its reason, and the episode goes on. What remains of a reply's
     actions when the episode ends is dropped. explore: the probability with which each action is replaced by a
-    random one (never sleep) when executed; the draws depend on the seed alone.
+    random one (never sleep) when executed; the draws depend on the seed alone. opening: actions before the first
+    decision; they are neither counted nor recorded.
     """
-    world = World(seed, max_steps=max_steps)
+    world = World(seed, max_steps=max_steps + len(opening))
     player = policy.begin(seed)
     exploration = np.random.default_rng([seed, 2])
     observation, steps, history = world.reset(), [], []
+    for action in opening:
+        observation = world.step(action).observation
     try:
         while not world.done:
             turn = Turn(observation, tuple(history[-HISTORY:]), settings)
@@ -78,6 +87,7 @@ def play(
     *,
     agent: str = "",
     explore: float = 0.0,
+    opening: Sequence[str] = (),
 ) -> list[Episode]:
     """Play an episode on each seed, all at once, and return them in the order of the seeds.
 
@@ -86,7 +96,10 @@ def play(
 
     async def all_of_them() -> list[Episode]:
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(play_one(policy, seed, max_steps, settings, agent, explore)) for seed in seeds]
+            tasks = [
+                group.create_task(play_one(policy, seed, max_steps, settings, agent, explore, opening))
+                for seed in seeds
+            ]
         return [task.result() for task in tasks]
 
     return asyncio.run(all_of_them())
@@ -102,6 +115,7 @@ def record(
     fingerprint: str,
     agent: str,
     explore: float = 0.0,
+    opening: Sequence[str] = (),
     together: int = 1,
 ) -> Iterator[Episode]:
     """The episodes on these seeds, in order. Those that the ledger lacks are played first, on all cores.
@@ -114,7 +128,7 @@ def record(
     with Ledger(fingerprint) as ledger:
         done = ledger.keys()
         missing = [group for group in groups if not done.issuperset(keys[group])]
-        calls = [(build, args, group, max_steps, settings, agent, explore) for group in missing]
+        calls = [(build, args, group, max_steps, settings, agent, explore, opening) for group in missing]
         with tqdm(total=len(seeds), desc=agent, unit="episode", mininterval=1) as bar:
             bar.update(len(seeds) - sum(map(len, missing)))
             for group, played in in_processes(_play_group, calls):
@@ -124,8 +138,10 @@ def record(
         yield from ledger.episodes(key for group in groups for key in keys[group])
 
 
-def _play_group(build, args, group, max_steps, settings, agent, explore) -> tuple[tuple[int, ...], list[bytes]]:
-    episodes = play(_built(build, args), group, max_steps, settings, agent=agent, explore=explore)
+def _play_group(
+    build, args, group, max_steps, settings, agent, explore, opening
+) -> tuple[tuple[int, ...], list[bytes]]:
+    episodes = play(_built(build, args), group, max_steps, settings, agent=agent, explore=explore, opening=opening)
     return group, [store.to_bytes(episode) for episode in episodes]
 
 

@@ -223,14 +223,19 @@ def _observation(row: dict) -> Observation | Given:
     )
 
 
+def columns(path: Path, names: list[str]) -> Iterator[dict]:
+    """The decisions of a file, of each only these columns: without the pictures it's quick."""
+    for batch in pq.ParquetFile(path).iter_batches(columns=names):
+        yield from batch.to_pylist()
+
+
 def outcomes(path: Path) -> Iterator[tuple[int | None, int]]:
     """(seed, achievements unlocked) of each episode of a file, without reading the pictures.
 
     An imported episode may have no seed, and has no known achievement.
     """
     found: dict[str, tuple[int | None, int]] = {}
-    for batch in pq.ParquetFile(path).iter_batches(columns=["episode_id", "seed", "unlocked"]):
-        for row in batch.to_pylist():
-            seed, count = found.get(row["episode_id"], (row["seed"], 0))
-            found[row["episode_id"]] = seed, count + len(row["unlocked"] or ())
+    for row in columns(path, ["episode_id", "seed", "unlocked"]):
+        seed, count = found.get(row["episode_id"], (row["seed"], 0))
+        found[row["episode_id"]] = seed, count + len(row["unlocked"] or ())
     yield from found.values()
