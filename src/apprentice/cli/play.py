@@ -84,7 +84,7 @@ def play(
     if seed is None:
         seed = settings.benchmark.seeds[0] if settings else 0
     if max_steps is None:
-        max_steps = settings.benchmark.max_steps if settings and agent != _ME else 10_000
+        max_steps = settings.benchmark.steps if settings and agent != _ME else 10_000
 
     if agent == _ME:
         end = _by_hand(seed, max_steps)
