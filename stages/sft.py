@@ -40,9 +40,13 @@ def main() -> None:
             )
         left_out += int((lengths > sft.max_length).sum())
     shaping = {"sft": sft.model_dump(mode="json"), "dtype": settings.student.dtype, "inputs": inputs}
-    checkpoints = cache() / "sft" / fingerprint(**shaping, code=code(__file__))
     ranks, rows, accumulation = distributed.layout(sft.batch_size, sft.micro_batch_size)
-    distributed.launch(train, ranks, settings.student, known, left_out, checkpoints, rows, accumulation)
+    if sft.zero.stage:
+        shaping["ranks"] = ranks  # each has its part of a checkpoint
+    checkpoints = cache() / "sft" / fingerprint(**shaping, code=code(__file__))
+    arguments = settings.student, known, left_out, checkpoints, rows, accumulation
+    relief = training.relief(f"profiles.{settings.profile}.sft", sft)
+    distributed.launch(train, ranks, *arguments, group=sft.zero.stage > 0, relief=relief)
 
 
 def train(
@@ -57,17 +61,6 @@ def train(
     from apprentice import dataset, distributed, student, training
 
     sft, readers = profile.sft, distributed.readers()
-    model, processor = student.load(BASE, dtype=profile.dtype)
-    data = {}
-    for name, file in DATA.items():
-        survey = training.survey(file, BASE, known[name])
-        chosen = np.flatnonzero(survey.lengths <= sft.max_length)
-        lengths = survey.lengths[chosen]
-        if name == "train":
-            chosen = chosen[dataset.order(lengths, sft.batch_size, sft.epochs, sft.random_seed)]
-        else:
-            chosen = chosen[lengths.argsort(kind="stable")]  # like lengths together: little to pad
-        data[name] = training.Rows(file, processor, survey.places, chosen)
     arguments = SFTConfig(
         output_dir=str(checkpoints),
         num_train_epochs=1,  # `order` has all of them
@@ -89,7 +82,8 @@ def train(
         logging_steps=min(sft.eval_steps, 25),
         bf16=profile.dtype == "bfloat16",
         use_cpu=not torch.cuda.is_available(),
-        gradient_checkpointing=torch.cuda.is_available(),
+        gradient_checkpointing=sft.gradient_checkpointing,
+        deepspeed=training.zero_config(sft.zero),
         ddp_find_unused_parameters=False,
         seed=sft.random_seed,
         max_length=None,
@@ -99,6 +93,17 @@ def train(
         dataset_kwargs={"skip_prepare_dataset": True},
         report_to="none",
     )
+    model, processor = student.load(BASE, dtype=profile.dtype, quantization=sft.lora.quantization)
+    data = {}
+    for name, file in DATA.items():
+        survey = training.survey(file, BASE, known[name])
+        chosen = np.flatnonzero(survey.lengths <= sft.max_length)
+        lengths = survey.lengths[chosen]
+        if name == "train":
+            chosen = chosen[dataset.order(lengths, sft.batch_size, sft.epochs, sft.random_seed)]
+        else:
+            chosen = chosen[lengths.argsort(kind="stable")]  # like lengths together: little to pad
+        data[name] = training.Rows(file, processor, survey.places, chosen)
     patience = sft.early_stopping_patience
     trainer = SFTTrainer(
         model=model,
@@ -110,7 +115,8 @@ def train(
         peft_config=training.lora_config(sft.lora),
         callbacks=[EarlyStoppingCallback(patience)] if patience else [],
     )
-    student.fold(trainer.model)
+    if sft.zero.stage < 3:  # there no rank has a whole weight to fold
+        student.fold(trainer.model)
     trainer.train(resume_from_checkpoint=training.last_checkpoint(checkpoints))
     if not trainer.is_world_process_zero():
         return

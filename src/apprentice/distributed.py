@@ -43,20 +43,24 @@ def readers() -> int:
     return min(4, max(1, share - 1)) if torch.cuda.is_available() else 0
 
 
-def launch(work: Callable[..., None], ranks: int, *args) -> None:
+def launch(work: Callable[..., None], ranks: int, *args, group: bool = False, relief: str = "") -> None:
     """Run work(*args) once in each rank, in this process if there is just one.
 
     torch, accelerate and TRL find their rank in the environment, as torchrun would set it. The first rank that fails
     ends the others, and this process with the same exit code or its error. No rank outlives this process.
+
+    group: make a process group of one rank too, as DeepSpeed wants. relief: what to say would help when memory is full.
     """
-    if ranks == 1:
+    if ranks == 1 and not group:
         torch.set_num_threads(cores())
-        work(*args)
+        _work(work, relief, args)
         return
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    context = multiprocessing.start_processes(_rank, (work, ranks, port, args), ranks, join=False, start_method="spawn")
+    context = multiprocessing.start_processes(
+        _rank, (work, ranks, port, relief, args), ranks, join=False, start_method="spawn"
+    )
     try:
         while not context.join():
             pass
@@ -64,15 +68,16 @@ def launch(work: Callable[..., None], ranks: int, *args) -> None:
         if error.exit_code > 0:
             sys.exit(error.exit_code)  # it has said why
         name = signal.Signals(-error.exit_code).name
-        raise WorkError(
-            f"rank {error.error_index} was ended by {name}; SIGKILL may mean that memory was full"
-        ) from None
+        message = f"rank {error.error_index} was ended by {name}"
+        if name == "SIGKILL":
+            message += f"; that may mean that the machine's memory was full. {relief}"
+        raise WorkError(message.rstrip(". ")) from None
     finally:
         for process in context.processes:
             process.kill()
 
 
-def _rank(rank: int, work: Callable[..., None], ranks: int, port: int, args: tuple) -> None:
+def _rank(rank: int, work: Callable[..., None], ranks: int, port: int, relief: str, args: tuple) -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
     os.environ |= {name: str(rank) for name in ("RANK", "LOCAL_RANK")}
     os.environ |= {name: str(ranks) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")}
@@ -81,6 +86,17 @@ def _rank(rank: int, work: Callable[..., None], ranks: int, port: int, args: tup
     if torch.cuda.is_available():
         torch.cuda.set_device(rank)
     try:
-        work(*args)
+        _work(work, relief, args)
     except (ConfigError, WorkError) as error:
         fail(error)
+
+
+def _work(work: Callable[..., None], relief: str, args: tuple) -> None:
+    """work(*args); a full memory becomes a WorkError that says what would help."""
+    try:
+        work(*args)
+    except RuntimeError as error:  # torch.OutOfMemoryError is one; on the CPU it's this and no other
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        where = f"rank {os.environ['RANK']}'s memory" if "RANK" in os.environ else "memory"
+        raise WorkError(f"{where} is full ({str(error).splitlines()[0]}). {relief}".rstrip()) from None

@@ -317,6 +317,23 @@ class Lora(Section):
     """Names of layers, or every linear one."""
     vision: bool = True
     """Adapt the vision tower too; without it nothing is computed backwards through it, which saves a fifth."""
+    quantization: Literal["nf4"] | None = None
+    """Train on a base held in 4 bits (QLoRA, arXiv 2305.14314); the adapter is served on the whole one all the same."""
+
+
+class Zero(Section):
+    """DeepSpeed ZeRO (arXiv 1910.02054): what of a training state the devices divide among them."""
+
+    stage: Literal[0, 2, 3] = 0
+    """0: nothing, and without DeepSpeed. 2: the optimizer's state and the gradients. 3: the weights too."""
+    offload: bool = False
+    """Keep what is divided in the machine's memory instead of the device's."""
+
+    @model_validator(mode="after")
+    def _something_to_offload(self):
+        if self.offload and not self.stage:
+            raise ValueError("offload needs stage 2 or 3; set stage, or offload to false")
+        return self
 
 
 class Sft(Section):
@@ -335,8 +352,17 @@ class Sft(Section):
     eval_steps: PositiveInt = 50
     early_stopping_patience: PositiveInt | None = 3
     """Evaluations without a better validation loss after which training stops; null trains to the end."""
+    gradient_checkpointing: bool = False
+    """Compute activations again instead of keeping them: less memory, a third more time."""
+    zero: Zero = Zero()
     random_seed: NonNegativeInt = 0
     lora: Lora = Lora()
+
+    @model_validator(mode="after")
+    def _quantized_weights_stay_whole(self):
+        if self.lora.quantization and self.zero.stage == 3:
+            raise ValueError("lora.quantization cannot go with zero.stage 3, which divides weights; set stage to 2")
+        return self
 
 
 class Reward(Section):

@@ -4,6 +4,7 @@ import ctypes
 from collections.abc import Iterable
 from pathlib import Path
 from types import MethodType
+from typing import Literal
 
 import torch
 import trl
@@ -13,6 +14,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
+    BitsAndBytesConfig,
     GenerationConfig,
     PreTrainedTokenizerFast,
     Qwen3VLConfig,
@@ -20,6 +22,7 @@ from transformers import (
     Qwen3VLProcessor,
     Qwen3VLVideoProcessor,
 )
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from apprentice.params import Architecture
@@ -143,13 +146,30 @@ def processor(folder: Path | str):
     return found
 
 
-def load(folder: Path | str, adapter: Path | str | None = None, dtype: str = "float32", trainable: bool = False):
-    """A model of Hugging Face's form, with a PEFT adapter if one is given. Returns (model, processor)."""
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=getattr(torch, dtype))
-    if torch.cuda.is_available():
-        model = model.to("cuda")
-    else:
+def load(
+    folder: Path | str,
+    adapter: Path | str | None = None,
+    dtype: str = "float32",
+    trainable: bool = False,
+    quantization: Literal["nf4"] | None = None,
+):
+    """A model of Hugging Face's form, with a PEFT adapter if one is given. Returns (model, processor).
+
+    quantization: hold the linear layers' weights in 4 bits, for QLoRA.
+    """
+    how = {"dtype": getattr(torch, dtype)}
+    if quantization:
+        how["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=quantization,
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=how["dtype"],
+        )
+    if not torch.cuda.is_available():
         keep_freed_memory()
+    elif not is_deepspeed_zero3_enabled():  # which places the weights itself
+        how["device_map"] = {"": torch.cuda.current_device()}
+    model = AutoModelForImageTextToText.from_pretrained(folder, **how)
     if adapter:
         model = fold(PeftModel.from_pretrained(model, adapter, is_trainable=trainable))
     return model.eval(), processor(folder)
