@@ -1,0 +1,360 @@
+"""`apprentice serve`: real servers on this machine, spoken to by HTTP and WebSocket as OpenEnv's clients do.
+
+OpenEnv's own client plays in test_openenv.py, in an environment of its own: `make test-openenv`.
+"""
+
+import asyncio
+import base64
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx2
+import numpy as np
+import psutil
+import pytest
+from command_line import run
+from endpoint import Answer, Server, call, completion, playing
+from test_play_command import PARAMS
+from websockets.asyncio.client import connect
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+
+from apprentice import prompt
+from apprentice.environment import openenv_server
+from apprentice.params import Prompt
+from apprentice.play import play
+from apprentice.policy import Scripted
+from apprentice.world import ACTIONS, World
+
+KEY = "a key of this test, no secret".replace(" ", "-")
+
+
+@contextmanager
+def serving(folder: Path, *arguments: str, port: int = 0, **environment: str):
+    """The command, in a process of its own. Gives its address and the process."""
+    command = [sys.executable, "-c", "from apprentice.cli import main; main()", "serve", "--port", str(port)]
+    process = subprocess.Popen(
+        [*command, *arguments], cwd=folder, env=os.environ | environment, stdout=subprocess.PIPE, text=True
+    )
+    line = process.stdout.readline()
+    url = line.split()[2] if line else ""
+    deadline = time.monotonic() + 60
+    while url and time.monotonic() < deadline:
+        try:
+            if httpx2.get(f"{url}/health", timeout=5).status_code == 200:
+                break
+        except httpx2.TransportError:
+            time.sleep(0.05)
+    try:
+        yield url, process
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(20)
+        process.stdout.close()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    cache = str(tmp_path_factory.mktemp("cache"))
+    with serving(tmp_path_factory.mktemp("served"), APPRENTICE_CACHE=cache) as (url, process):
+        yield url, process
+
+
+def ws(url: str) -> str:
+    return url.replace("http://", "ws://") + "/ws"
+
+
+async def ask(socket, kind: str, **data) -> dict:
+    await socket.send(json.dumps({"type": kind, "data": data} if kind in ("reset", "step") else {"type": kind}))
+    return json.loads(await socket.recv())
+
+
+def picture(answer: dict) -> np.ndarray:
+    return prompt.unpng(base64.b64decode(answer["observation"]["image"]))
+
+
+def test_health_and_info_say_what_there_is(server):
+    url, _ = server
+    assert httpx2.get(f"{url}/health").json() == {"status": "healthy"}
+    info = httpx2.get(f"{url}/info").json()
+    assert info["actions"] == list(ACTIONS) and info["policies"] == ["random", "noop", "expert"]
+    assert httpx2.get(f"{url}/schema").json()["action"]["properties"]["action"]["enum"] == list(ACTIONS)
+    assert httpx2.get(f"{url}/metadata").json()["name"] == "crafter"
+
+
+def test_an_episode_by_websocket_is_that_of_the_world(server):
+    async def episode():
+        world = World(11, max_steps=40)
+        expected = world.reset()
+        async with connect(ws(server[0])) as socket:
+            answer = await ask(socket, "reset", seed=11, max_steps=40, episode_id="mine")
+            assert answer["type"] == "observation" and answer["data"]["reward"] is None
+            generator = np.random.default_rng(0)
+            while True:
+                seen = answer["data"]["observation"]
+                assert (picture(answer["data"]) == expected.image).all()
+                assert seen["vitals"] == expected.vitals and seen["text"].startswith("health")
+                if world.done:
+                    break
+                action = ACTIONS[generator.integers(17)]
+                outcome = world.step(action)
+                expected = outcome.observation
+                answer = await ask(socket, "step", action=action)
+                assert answer["data"]["reward"] == outcome.reward and answer["data"]["done"] == outcome.done
+                assert answer["data"]["observation"]["unlocked"] == list(outcome.unlocked)
+            state = (await ask(socket, "state"))["data"]
+            assert state["step_count"] == 40 and state["done"] and state["episode_id"] == "mine" and state["seed"] == 11
+            over = await ask(socket, "step", action="noop")
+            assert over["data"] == {"message": "the episode is over: reset first", "code": "EXECUTION_ERROR"}
+            assert not (await ask(socket, "reset", seed=1))["data"]["done"]
+
+    asyncio.run(episode())
+
+
+@pytest.mark.parametrize(
+    ("sent", "code", "said"),
+    [
+        ("{", "INVALID_JSON", "must be JSON"),
+        (b"\x00", "INVALID_JSON", "text frame"),
+        ("[" * 20_000, "INVALID_JSON", "must be JSON"),
+        ("[1]", "UNKNOWN_TYPE", "reset, step, state or close"),
+        ('{"type": ["step"]}', "UNKNOWN_TYPE", "reset, step, state or close"),
+        ('{"type": "step", "data": {"action": "fly"}}', "VALIDATION_ERROR", "action: Input should be 'noop'"),
+        ('{"type": "step", "data": 7}', "VALIDATION_ERROR", "step"),
+        ('{"type": "reset", "data": {"seed": -1}}', "VALIDATION_ERROR", "seed"),
+        ('{"type": "reset", "data": {"size": 100000}}', "VALIDATION_ERROR", "size"),
+        ('{"type": "reset", "data": {"sead": 1}}', "VALIDATION_ERROR", "sead"),
+        ('{"type": "step", "data": {"action": "noop"}}', "EXECUTION_ERROR", "reset first"),
+    ],
+)
+def test_a_wrong_message_is_answered_and_the_session_goes_on(server, sent, code, said):
+    async def converse():
+        async with connect(ws(server[0])) as socket:
+            await socket.send(sent)
+            error = json.loads(await socket.recv())
+            assert error["type"] == "error" and error["data"]["code"] == code and said in error["data"]["message"]
+            assert (await ask(socket, "reset", seed=1))["type"] == "observation"
+
+    asyncio.run(converse())
+
+
+def test_the_same_by_plain_http(server):
+    with httpx2.Client(base_url=server[0], timeout=30) as http:
+        begun = http.post("/sessions", json={"seed": 5, "max_steps": 3})
+        assert begun.status_code == 201
+        name = begun.json()["session_id"]
+        world = World(5, max_steps=3)
+        assert (picture(begun.json()) == world.reset().image).all()
+        for action in ("move_left", "do", "noop"):
+            answer = http.post(f"/sessions/{name}/step", json={"action": {"action": action}}).json()
+            outcome = world.step(action)
+            assert (picture(answer) == outcome.observation.image).all() and answer["done"] == outcome.done
+        over = http.post(f"/sessions/{name}/step", json={"action": {"action": "noop"}})
+        assert over.status_code == 409 and "reset first" in over.json()["detail"]
+        assert http.post(f"/sessions/{name}/step", json={"action": {"action": "fly"}}).status_code == 422
+        assert http.post(f"/sessions/{name}/reset", json={"seed": 6}).json()["done"] is False
+        assert http.get(f"/sessions/{name}/state").json()["seed"] == 6
+        assert http.delete(f"/sessions/{name}").status_code == 204
+        gone = http.post(f"/sessions/{name}/step", json={"action": {"action": "noop"}})
+        assert gone.status_code == 404 and "POST /sessions" in gone.json()["detail"]
+
+
+def test_bodies_and_messages_have_a_limit(server):
+    url, _ = server
+    long = "x" * 70_000
+    assert httpx2.post(f"{url}/sessions", content=long).status_code == 413
+    assert httpx2.post(f"{url}/sessions", content=(part.encode() for part in (long[:40_000],) * 2)).status_code == 413
+
+    async def send():
+        async with connect(ws(url)) as socket:
+            await socket.send(long)
+            with pytest.raises(ConnectionClosed) as closed:
+                await socket.recv()
+            assert closed.value.rcvd.code == 1009
+
+    asyncio.run(send())
+
+
+def test_a_web_page_cannot_reach_a_server_without_a_key(server):
+    url, _ = server
+    assert httpx2.get(f"{url}/info", headers={"Origin": "https://evil.example"}).status_code == 403
+    assert httpx2.get(f"{url}/info", headers={"Host": "rebound.example"}).status_code == 403
+
+    async def page():
+        with pytest.raises(InvalidStatus):
+            await connect(ws(url), origin="https://evil.example")
+
+    asyncio.run(page())
+
+
+def test_64_sessions_at_once_hold_and_are_each_their_own(server):
+    url, process = server
+
+    async def session(seed: int, latencies: list[float]) -> bool:
+        world = World(seed, max_steps=200)
+        expected = world.reset()
+        async with connect(ws(url)) as socket:
+            answer = await ask(socket, "reset", seed=seed)
+            for step in range(15):
+                if not (picture(answer["data"]) == expected.image).all():
+                    return False
+                action = ACTIONS[(seed + step) % 17]
+                began = time.monotonic()
+                answer = await ask(socket, "step", action=action)
+                latencies.append(time.monotonic() - began)
+                expected = world.step(action).observation
+        return True
+
+    async def together() -> tuple[list[bool], list[float]]:
+        latencies: list[float] = []
+        return await asyncio.gather(*(session(seed, latencies) for seed in range(64))), latencies
+
+    before = psutil.Process(process.pid).memory_info().rss
+    right, latencies = asyncio.run(together())
+    grown = psutil.Process(process.pid).memory_info().rss - before
+    print(f"64 sessions: {grown / 64 / 1e6:.1f} MB each, step p50 {np.median(latencies) * 1000:.0f} ms")
+    assert all(right) and len(latencies) == 64 * 15
+    assert grown < 64 * 8e6
+    deadline = time.monotonic() + 10
+    while httpx2.get(f"{url}/info").json()["sessions"]["open"] and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert httpx2.get(f"{url}/info").json()["sessions"]["open"] == 0
+
+
+def test_sessions_are_limited_and_idle_ones_end(tmp_path):
+    async def converse(url: str):
+        async with connect(ws(url)) as first, connect(ws(url)) as second, connect(ws(url)) as third:
+            await ask(first, "reset", seed=1)
+            full = json.loads(await third.recv())
+            assert full["data"]["code"] == "CAPACITY_REACHED" and "2 sessions" in full["data"]["message"]
+            assert httpx2.post(f"{url}/sessions", json={}).status_code == 503
+            idle = json.loads(await second.recv())
+            assert idle["data"]["code"] == "SESSION_ERROR" and "idle for 4 s" in idle["data"]["message"]
+            with pytest.raises(ConnectionClosed):
+                await second.recv()
+
+    with serving(tmp_path, "--max-sessions", "2", "--idle-timeout", "4") as (url, _):
+        asyncio.run(converse(url))
+
+
+def test_the_key_is_asked_for_everywhere_but_for_health(tmp_path):
+    async def by_socket(url: str):
+        for headers in ({}, {"Authorization": "Bearer wrong"}):
+            with pytest.raises(InvalidStatus) as refused:
+                await connect(ws(url), additional_headers=headers)
+            assert refused.value.response.status_code == 403
+        async with connect(ws(url), additional_headers={"Authorization": f"Bearer {KEY}"}) as socket:
+            assert (await ask(socket, "reset", seed=1))["type"] == "observation"
+        async with connect(ws(url).replace("ws://", f"ws://apprentice:{KEY}@")) as socket:
+            assert (await ask(socket, "reset", seed=1))["type"] == "observation"
+
+    with serving(tmp_path, "--host", "0.0.0.0", APPRENTICE_SERVE_KEY=KEY) as (url, process):
+        url = url.replace("0.0.0.0", "127.0.0.1")
+        assert httpx2.get(f"{url}/health").status_code == 200
+        for path in ("/info", "/docs", "/openapi.json", "/nothing"):
+            assert httpx2.get(url + path).status_code == 401
+            assert httpx2.get(url + path, headers={"Authorization": "Bearer wrong"}).status_code == 401
+        assert httpx2.get(f"{url}/info", headers={"Authorization": f"Bearer {KEY}"}).status_code == 200
+        asyncio.run(by_socket(url))
+        assert KEY not in " ".join(psutil.Process(process.pid).cmdline())
+
+
+def test_a_server_for_others_does_not_start_without_a_key(tmp_path, monkeypatch):
+    monkeypatch.delenv("APPRENTICE_SERVE_KEY", raising=False)
+    done = run(tmp_path, "serve", "--host", "0.0.0.0")
+    assert done.returncode == 2 and "export APPRENTICE_SERVE_KEY=" in done.stderr
+    monkeypatch.setenv("APPRENTICE_SERVE_KEY", "short")
+    done = run(tmp_path, "serve", "--host", "0.0.0.0")
+    assert done.returncode == 2 and "16 characters" in done.stderr and "short" not in done.stderr
+
+
+def test_killed_and_started_again_it_says_what_became_of_the_sessions(tmp_path):
+    async def cut(url: str, process: subprocess.Popen) -> str:
+        async with connect(ws(url)) as socket:
+            await ask(socket, "reset", seed=1)
+            name = httpx2.post(f"{url}/sessions", json={}).json()["session_id"]
+            process.kill()
+            with pytest.raises(ConnectionClosed):
+                await asyncio.wait_for(ask(socket, "step", action="noop"), 10)
+        return name
+
+    with serving(tmp_path) as (url, process):
+        name = asyncio.run(cut(url, process))
+    with pytest.raises(httpx2.ConnectError):
+        httpx2.get(f"{url}/health")
+    with serving(tmp_path, port=int(url.rpartition(":")[2])) as (again, _):
+        assert again == url
+        done = run(tmp_path, "serve", "--port", url.rpartition(":")[2])
+        assert done.returncode == 2 and "--port" in done.stderr
+        gone = httpx2.post(f"{url}/sessions/{name}/step", json={"action": {"action": "noop"}})
+        assert gone.status_code == 404 and "started anew" in gone.json()["detail"]
+        assert httpx2.post(f"{url}/sessions", json={"seed": 1}).status_code == 201
+
+
+def test_a_rollout_is_the_episode_that_the_pipeline_plays(server):
+    url, _ = server
+    trace = httpx2.post(f"{url}/rollout", json={"policy": "expert", "seed": 9, "max_steps": 25}, timeout=60).json()
+    (episode,) = play(Scripted("expert"), [9], 25, Prompt())
+    assert trace["achievements"] == list(episode.unlocked) and trace["reward"] == pytest.approx(episode.reward)
+    assert [row["executed"] for row in trace["decisions"]] == [list(step.executed) for step in episode.steps]
+    first = prompt.unpng(base64.b64decode(trace["decisions"][0]["image"]))
+    assert (first == episode.steps[0].observation.image).all()
+    assert (
+        "image"
+        not in httpx2.post(
+            f"{url}/rollout", json={"policy": "noop", "seed": 9, "max_steps": 2, "images": False}, timeout=60
+        ).json()["decisions"][0]
+    )
+
+
+def test_a_rollout_asks_only_endpoints_that_the_server_was_started_with(tmp_path):
+    secret = "sk-of-this-test-no-secret"
+    settings = PARAMS.replace("api_key_env: null", "api_key_env: TEST_KEY")
+    with Server(lambda request: playing(request.body)) as endpoint:
+        (tmp_path / "params.yaml").write_text(settings.format(url=endpoint.url))
+        with serving(tmp_path, TEST_KEY=secret) as (url, _):
+            asked = {"policy": "api", "seed": 1, "max_steps": 5}
+            one = httpx2.post(f"{url}/rollout", json=asked, timeout=60)
+            assert one.status_code == 200 and one.json()["steps"] == 5 and len(endpoint.requests) == 5
+            assert endpoint.requests[0].headers["authorization"] == f"Bearer {secret}" and secret not in one.text
+            assert httpx2.post(f"{url}/rollout", json=asked, timeout=60).json() == one.json()
+            assert len(endpoint.requests) == 5  # paid for once
+            for wrong in ({"base_url": "http://169.254.169.254"}, {"api_key_env": "HOME"}):
+                assert httpx2.post(f"{url}/rollout", json=asked | wrong).status_code == 422
+            unknown = httpx2.post(f"{url}/rollout", json=asked | {"policy": "http://127.0.0.1:1/v1"})
+            assert unknown.status_code == 409 and "there are random, noop, expert, api" in unknown.json()["detail"]
+
+
+def test_an_endpoint_that_fails_is_a_clean_error_and_slow_rollouts_hold_up_nobody(tmp_path):
+    def answer(request):
+        if len(endpoint.requests) == 1:
+            return Answer(completion(call("noop")), delay=2)
+        return Answer("no", status=400)
+
+    with Server(answer) as endpoint:
+        (tmp_path / "params.yaml").write_text(PARAMS.format(url=endpoint.url))
+        with serving(tmp_path, "--max-rollouts", "1") as (url, _):
+
+            async def together():
+                async with httpx2.AsyncClient(base_url=url, timeout=60) as http:
+                    slow = asyncio.create_task(http.post("/rollout", json={"policy": "api", "seed": 1}))
+                    while not endpoint.requests:
+                        await asyncio.sleep(0.02)
+                    began = time.monotonic()
+                    assert (await http.get("/health")).status_code == 200
+                    assert (await http.post("/rollout", json={"policy": "noop", "seed": 1})).status_code == 503
+                    assert time.monotonic() - began < 1.5
+                    return await slow
+
+            failed = asyncio.run(together())
+    assert failed.status_code == 502 and "HTTP 400" in failed.json()["detail"]
+
+
+def test_loopback_is_known_by_its_names():
+    assert all(map(openenv_server.is_loopback, ("127.0.0.1", "127.8.8.8", "::1", "[::1]", "localhost")))
+    assert not any(map(openenv_server.is_loopback, ("0.0.0.0", "::", "10.0.0.1", "127.0.0.1.evil.example", "")))
