@@ -2,10 +2,12 @@
 
     dvc repro rl        or: python stages/rl.py
 
-An iteration plays groups of episodes on the same world seeds and trains on their decisions. Checkpoints lie in the
-user's cache, one for each iteration: a killed run continues with the iteration it was in.
+An iteration plays groups of episodes on the same world seeds and trains on their decisions. Every few iterations the
+student plays held-out worlds; the adapter that did best there is the one that's kept. Checkpoints lie in the user's
+cache, one for each iteration, and finished episodes in the ledger: a killed run continues where it was.
 """
 
+import csv
 import shutil
 from pathlib import Path
 
@@ -13,6 +15,8 @@ from apprentice import params
 from apprentice.command import run, write_metrics
 
 OUT = Path("models/rl")
+ROLLOUTS = Path("data/rl/rollouts.parquet")
+PLOTS = Path("metrics/plots")
 
 
 def main() -> None:
@@ -35,7 +39,7 @@ def main() -> None:
         shaping["judge"]["endpoint"] = judge.endpoint.asked
     shaping["inputs"] = [digest(Path(folder)) for folder in ("models/base", "models/sft")]
     checkpoints = cache() / "rl" / fingerprint(**shaping, dtype=profile.dtype, code=code(__file__))
-    ranks, rows, accumulation = distributed.layout(rl.batch_size, rl.micro_batch_size, rl.groups)
+    ranks, rows, accumulation = distributed.layout(rl.batch_size, rl.micro_batch_size)
     distributed.launch(train, ranks, profile, judge, checkpoints, rows, accumulation)
 
 
@@ -46,7 +50,7 @@ def train(profile: params.Profile, judge: params.Judge | None, checkpoints: Path
 
     from apprentice import student, training
     from apprentice.actor import InProcess
-    from apprentice.grpo import Trainer
+    from apprentice.grpo import Stopped, Trainer
 
     rl = profile.rl
     model, processor = student.load("models/base", "models/sft", profile.dtype, trainable=True)
@@ -69,7 +73,8 @@ def train(profile: params.Profile, judge: params.Judge | None, checkpoints: Path
         epsilon=rl.clip_low,
         epsilon_high=rl.clip_high,
         beta=rl.kl_coefficient,
-        loss_type="bnpo",
+        entropy_coef=rl.entropy_coefficient,
+        loss_type="dapo",  # every token of an iteration weighs the same, whatever the ranks and their batches
         save_steps=rl.epochs * batches,
         save_total_limit=2,
         logging_steps=rl.epochs * batches,
@@ -78,36 +83,67 @@ def train(profile: params.Profile, judge: params.Judge | None, checkpoints: Path
         use_cpu=not torch.cuda.is_available(),
         gradient_checkpointing=torch.cuda.is_available(),
         ddp_find_unused_parameters=False,
+        ddp_timeout=24 * 3600,  # the slowest rank's play is waited for
         remove_unused_columns=False,
         seed=rl.random_seed,
         report_to="none",
     )
     trainer = Trainer(model, actor, processor, rl, profile.prompt, profile.sampling, arguments, judge)
-    trainer.train(resume_from_checkpoint=training.last_checkpoint(checkpoints))
-    if not trainer.is_world_process_zero():
-        return
+    stopped = ""
+    try:
+        trainer.train(resume_from_checkpoint=training.last_checkpoint(checkpoints))
+        trainer.evaluate_play(rl.iterations)
+    except Stopped as reason:
+        stopped = str(reason)
+    actor.close()
+    if trainer.is_world_process_zero():
+        write(trainer.history, processor, rl, checkpoints, stopped)
 
+
+def write(history: list[dict], processor, rl: params.Rl, checkpoints: Path, stopped: str) -> None:
+    """The best adapter, some rollouts, metrics and plots."""
+    from apprentice import rollouts, training
+    from apprentice.grpo import evaluations
+
+    held_out = evaluations(checkpoints)
+    best = max(held_out, key=lambda evaluation: evaluation["achievements"])
     shutil.rmtree(OUT, ignore_errors=True)
-    trainer.model.save_pretrained(OUT, selected_adapters=["default"])
+    shutil.copytree(
+        checkpoints / "evaluated" / str(best["iteration"]), OUT, ignore=shutil.ignore_patterns("evaluation.json")
+    )
     processor.save_pretrained(OUT)
-    columns = {name: name for name in ("reward", "achievements", "length", "invalid_rate", "entropy")}
-    columns |= {"clip_ratio/region_mean": "clip_fraction", "steps_per_second": "steps_per_second"}
-    if rl.kl_coefficient:
-        columns["kl"] = "kl"
+    rollouts.join(sorted(checkpoints.glob("rollouts/*.parquet")), ROLLOUTS)
+
+    columns = {name: name for name in ("reward", "achievements", "length", "invalid_rate", "steps_per_second")}
     if rl.reward.judge:
         columns |= {"judge_score": "judge_score", "judge_missing": "judge_missing"}
-    history = [entry for entry in trainer.state.log_history if "reward" in entry]
-    training.write_curve(Path("metrics/plots/rl.csv"), history, columns)
-    first, last = history[0], history[-1]
-    metrics = {"iterations": len(history)} | {
-        f"{when}_{name}": entry[name]
-        for when, entry in (("first", first), ("last", last))
-        for name in ("reward", "achievements")
-    }
+    training.write_curve(PLOTS / "rl.csv", history, columns)
+    columns = {"entropy": "entropy", "clip_ratio/region_mean": "clip_fraction", "sampler_mismatch": "sampler_mismatch"}
+    if rl.kl_coefficient:
+        columns["kl"] = "kl"
+    training.write_curve(PLOTS / "rl_training.csv", history, columns)
+    with (PLOTS / "rl_held_out.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(best), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(held_out)
+    with (PLOTS / "rl_actions.csv").open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["iteration", "action", "share"])
+        for iteration, entry in enumerate(history):
+            actions = {key.removeprefix("action/"): share for key, share in entry.items() if key.startswith("action/")}
+            writer.writerows([iteration, action, f"{share:.6g}"] for action, share in actions.items())
+
+    metrics = {"iterations": len(history), "stopped": stopped or None, "best_iteration": best["iteration"]}
+    rows = {"first": history[0], "last": history[-1], "held_out_sft": held_out[0], "held_out_best": best}
+    for when, row in rows.items():
+        metrics |= {f"{when}_{name}": row[name] for name in ("reward", "achievements")}
     write_metrics("rl", metrics)
+    if stopped:
+        print(f"rl: STOPPED EARLY: {stopped}; models/rl is the best adapter until then")
     print(
-        f"rl: {len(history)} iterations; training reward {first['reward']:.2f} → {last['reward']:.2f}, "
-        f"achievements {first['achievements']:.2f} → {last['achievements']:.2f}"
+        f"rl: {len(history)} iterations; achievements on held-out worlds {held_out[0]['achievements']:.2f} → "
+        f"{best['achievements']:.2f} (after {best['iteration']} iterations), "
+        f"in training {history[0]['achievements']:.2f} → {history[-1]['achievements']:.2f}"
     )
 
 

@@ -282,7 +282,7 @@ def test_a_value_of_another_type_is_not_converted(tmp_path, key, value):
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 def test_numbers_are_finite(tmp_path, value):
-    assert "reward.unlock" in error(tmp_path, profiles__tiny__rl__reward={"unlock": value})
+    assert "reward.unique" in error(tmp_path, profiles__tiny__rl__reward={"unique": value})
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,8 @@ SMALL = {
     "profiles.tiny.student.pretraining.batch_size": 8,
     "profiles.tiny.sft.epochs": 1,
     "profiles.tiny.sft.eval_steps": 5,
+    "profiles.tiny.rl.evaluation": {"seeds": "310000-310002", "every": 2},
+    "profiles.tiny.rl.max_invalid_rate": 1.0,
     "profiles.tiny.rl.iterations": 3,
     "profiles.tiny.rl.groups": 2,
     "profiles.tiny.rl.group_size": 3,

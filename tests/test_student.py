@@ -129,7 +129,7 @@ def test_greedy_answers_are_those_of_transformers_generate(tiny, episode):
         theirs = model.generate(
             **inputs, max_new_tokens=8, do_sample=False, suppress_tokens=local.vision_tokens(processor)
         )[0, len(encoded.prompt_ids) :].tolist()
-        (mine, _), *_ = local.generate(model, processor, [encoded], np.zeros((1, 8)), 0.0)
+        (mine, *_), *_ = local.generate(model, processor, [encoded], np.zeros((1, 8)), 0.0)
         assert mine == theirs
 
 
@@ -139,7 +139,7 @@ def test_an_answer_does_not_depend_on_who_else_is_asked(tiny, episode):
     draws = np.random.default_rng(0).random((6, 6))
     together = local.generate(model, processor, rows, draws, 1.0)
     for encoded, draw, (ids, logprobs) in zip(rows, draws, together, strict=True):
-        (alone, alone_logprobs), *_ = local.generate(model, processor, [encoded], draw[None], 1.0)
+        (alone, alone_logprobs, _), *_ = local.generate(model, processor, [encoded], draw[None], 1.0)
         assert alone == ids
         np.testing.assert_allclose(alone_logprobs, logprobs, atol=1e-4)
 
@@ -154,7 +154,7 @@ def test_logprobs_are_those_of_a_forward_pass_and_no_vision_token_is_sampled(tin
     logits = model(**inputs).logits[0, -1].detach().double()
     logits[local.vision_tokens(processor)] = -torch.inf
     expected = logits.log_softmax(-1)
-    for (token,), (logprob,) in answers:
+    for (token,), (logprob,), _ in answers:
         assert token not in local.vision_tokens(processor)
         assert logprob == pytest.approx(expected[token].item(), abs=1e-4)
 
@@ -163,7 +163,7 @@ def test_sampling_follows_the_probabilities(tiny, episode):
     model, processor = tiny
     encoded = _prompts(processor, episode, 1)[0]
     draws = (np.arange(400)[:, None] + 0.5) / 400
-    tokens = [ids[0] for ids, _ in local.generate(model, processor, [encoded] * 400, draws, 1.0)]
+    tokens = [ids[0] for ids, *_ in local.generate(model, processor, [encoded] * 400, draws, 1.0)]
     inputs = batch(processor, [encoded])
     del inputs["labels"]
     logits = model(**inputs).logits[0, -1].detach()

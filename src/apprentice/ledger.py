@@ -105,13 +105,21 @@ class Ledger:
         """Record an episode (`store.to_bytes`); the first record of a key stays."""
         _write(self._db, self._path, "INSERT OR IGNORE INTO episodes VALUES (?, ?)", (key, episode))
 
-    def episodes(self, keys: Iterable[str]) -> Iterator[Episode]:
-        """These episodes, in this order. Raises KeyError for one that has not been played."""
+    def records(self, keys: Iterable[str]) -> Iterator[bytes]:
+        """These episodes as they were added, in this order. Raises KeyError for one that has not been played."""
         for key in keys:
             row = self._db.execute("SELECT data FROM episodes WHERE key = ?", (key,)).fetchone()
             if row is None:
                 raise KeyError(key)
-            yield store.from_bytes(row[0])
+            yield row[0]
+
+    def episodes(self, keys: Iterable[str]) -> Iterator[Episode]:
+        """These episodes, in this order. Raises KeyError for one that has not been played."""
+        return map(store.from_bytes, self.records(keys))
+
+    def forget(self, prefix: str) -> None:
+        """Drop the episodes whose keys do not begin so; others will take their room."""
+        _write(self._db, self._path, "DELETE FROM episodes WHERE substr(key, 1, ?) != ?", (len(prefix), prefix))
 
 
 class Replies:

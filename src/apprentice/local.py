@@ -20,6 +20,8 @@ class Sample:
     encoded: Encoded
     logprobs: list[float]
     """Log-probability of each token of the answer, at the sampling temperature."""
+    hidden: np.ndarray | None = None
+    """float32: the last hidden state before the answer; None from an engine that doesn't show it."""
 
 
 class Local:
@@ -55,11 +57,11 @@ class Local:
                 if not future.done():
                     future.set_exception(error)
             return
-        for (_, _, future), row, (ids, logprobs) in zip(waiting, rows, answers, strict=True):
+        for (_, _, future), row, answer in zip(waiting, rows, answers, strict=True):
             if not future.done():
-                future.set_result(self._reply(row, ids, logprobs))
+                future.set_result(self._reply(row, *answer))
 
-    def _reply(self, row: Encoded, ids: list[int], logprobs: list[float]) -> Reply:
+    def _reply(self, row: Encoded, ids: list[int], logprobs: list[float], hidden: np.ndarray) -> Reply:
         ended = ids[-1] == self.processor.tokenizer.eos_token_id
         text = self.processor.tokenizer.decode(ids[:-1] if ended else ids)
         return Reply(
@@ -68,7 +70,7 @@ class Local:
             self.name,
             len(row.prompt_ids),
             len(ids),
-            Sample(Encoded(row.prompt_ids, ids, row.pixel_values, row.image_grid_thw), logprobs),
+            Sample(Encoded(row.prompt_ids, ids, row.pixel_values, row.image_grid_thw), logprobs, hidden),
         )
 
 
@@ -123,8 +125,8 @@ def vision_tokens(processor) -> list[int]:
 @torch.inference_mode()
 def generate(
     model, processor, rows: list[Encoded], draws: np.ndarray, temperature: float
-) -> list[tuple[list[int], list[float]]]:
-    """Sample an answer for each prompt: its token ids, and their log-probabilities.
+) -> list[tuple[list[int], list[float], np.ndarray]]:
+    """Sample an answer for each prompt: its token ids, their log-probabilities, and the last hidden state before it.
 
     draws: (rows, most tokens) uniform numbers in [0, 1), one for each token to draw; temperature 0 takes the likeliest.
     An answer ends with the end-of-turn token, or unended when draws run out.
@@ -138,7 +140,8 @@ def generate(
     mask = inputs["attention_mask"]
     tokens, logprobs = [], []
     running = torch.ones(len(rows), dtype=torch.bool, device=model.device)
-    output = model(**inputs, use_cache=True, logits_to_keep=1)
+    output = model(**inputs, use_cache=True, logits_to_keep=1, output_hidden_states=True)
+    hidden = output.hidden_states[-1][:, -1].float().cpu().numpy()
     positions = model.model.rope_deltas.view(-1, 1) + mask.sum(dim=1, keepdim=True)
     for turn in range(draws.shape[1]):
         logits = output.logits[:, -1].double()
@@ -167,7 +170,7 @@ def generate(
     ids, chances = torch.cat(tokens, dim=1).tolist(), torch.cat(logprobs, dim=1).tolist()
     stops = set(ends.tolist())
     answers = []
-    for row_ids, row_chances in zip(ids, chances, strict=True):
+    for row_ids, row_chances, state in zip(ids, chances, hidden, strict=True):
         length = next((index + 1 for index, token in enumerate(row_ids) if token in stops), len(row_ids))
-        answers.append((row_ids[:length], row_chances[:length]))
+        answers.append((row_ids[:length], row_chances[:length], state))
     return answers

@@ -365,9 +365,21 @@ class Sft(Section):
         return self
 
 
+Achievement = Literal[
+    "collect_coal", "collect_diamond", "collect_drink", "collect_iron", "collect_sapling", "collect_stone",
+    "collect_wood", "defeat_skeleton", "defeat_zombie", "eat_cow", "eat_plant", "make_iron_pickaxe", "make_iron_sword",
+    "make_stone_pickaxe", "make_stone_sword", "make_wood_pickaxe", "make_wood_sword", "place_furnace", "place_plant",
+    "place_stone", "place_table", "wake_up",
+]  # fmt: skip
+
+
 class Reward(Section):
-    unlock: float = 1.0
+    unique: float = 1.0
     """For each achievement unlocked for the first time in the episode."""
+    achievements: dict[Achievement, float] = {}
+    """Times `unique`, by achievement; 1 for those not named."""
+    stepwise: float = 0.0
+    """For each decision that unlocks something, however much."""
     health: float = 0.1
     """Per health point gained (or lost)."""
     invalid: float = 0.0
@@ -376,9 +388,18 @@ class Reward(Section):
     """Times the judge's score (0 to 1), at the end of the episode. Without a score, that is the mean of the group's."""
 
 
+class Evaluation(Section):
+    """RL's own play on held-out worlds; the adapter that does best there is what the stage gives."""
+
+    seeds: Seeds
+    every: PositiveInt = 5
+    """Iterations from one to the next; before the first and after the last it's done anyway."""
+
+
 class Rl(Section):
     seeds: Seeds
     """World seeds to train on, taken in order and again from the start when used up."""
+    evaluation: Evaluation
     iterations: PositiveInt
     """Each is a generation of episodes and the training on them."""
     groups: PositiveInt
@@ -388,11 +409,17 @@ class Rl(Section):
     max_steps: Annotated[int, Field(ge=1, le=10_000)]
     """Environment steps after which an episode ends."""
     discount: Annotated[float, Field(ge=0, le=1)] = 0.95
-    baseline: Literal["group", "linear"] = "group"
-    """What a decision is compared with: what the others of its group got from the same decision on, or what a linear
-    value function of the state expects, fitted anew in each iteration."""
+    advantage: Literal["return_to_go", "grpo", "gigpo", "linear", "critic"] = "linear"
+    """What a decision is compared with; each is a function, or the class Critic, of advantages.py, with its paper.
+    return_to_go: what the others of its group got from the same decision on. grpo: their whole episodes. gigpo: that,
+    and what they got from the same state on. linear, critic: what a value function expects, of features of the state,
+    and of the student's own hidden state too."""
+    scale_rewards: Literal["group", "batch", "none"] = "batch"
+    """Whose standard deviation advantages are divided by: their group's, all decisions' of the iteration, none."""
     gae_lambda: Annotated[float, Field(ge=0, le=1)] = 0.95
-    """How far the linear baseline looks ahead before it trusts its own values; 1 waits for the end of the episode."""
+    """How far linear and critic look ahead before they trust their own values; 1 waits for the episode's end."""
+    anchor_weight: NonNegativeFloat = 1.0
+    """Weight of the part of gigpo's advantages that compares steps at the same anchor."""
     temperature: PositiveFloat = 1.0
     decisions: PositiveInt
     """Decisions trained on in an iteration, drawn from those played; a multiple of batch_size."""
@@ -407,9 +434,15 @@ class Rl(Section):
     lr_scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "constant_with_warmup"
     clip_low: PositiveFloat = 0.2
     clip_high: PositiveFloat = 0.2
-    kl_coefficient: NonNegativeFloat = 0.01
-    """Weight of the KL divergence to the SFT policy."""
+    kl_coefficient: NonNegativeFloat = 0.05
+    """Weight of the KL divergence to the SFT policy. With a fifth of it, the form of the tool call drifted (LOG.md)."""
+    entropy_coefficient: float = 0.0
+    """Weight of the mean entropy of a token, as a bonus; below 0 it's a price."""
     max_grad_norm: PositiveFloat = 1.0
+    max_invalid_rate: Fraction = 0.3
+    """Share of replies in an iteration's play that cannot be read; with more, training stops."""
+    max_kl: PositiveFloat = 0.3
+    """KL divergence to the SFT policy, nats a token, mean of an iteration; with more, training stops."""
     random_seed: NonNegativeInt = 0
     reward: Reward = Reward()
 
@@ -540,6 +573,7 @@ class Params(Section):
                 )
         uses = {f"teachers.{name}.seeds": teacher.seeds for name, teacher in self.teachers.items()}
         uses[f"profiles.{self.profile}.rl.seeds"] = self.student.rl.seeds
+        uses[f"profiles.{self.profile}.rl.evaluation.seeds"] = self.student.rl.evaluation.seeds
         if isinstance(self.student.student, TinyStudent):
             uses[f"profiles.{self.profile}.student.pretraining.seeds"] = self.student.student.pretraining.seeds
         uses["benchmark.seeds"] = self.benchmark.seeds

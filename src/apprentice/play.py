@@ -88,18 +88,21 @@ def play(
     agent: str = "",
     explore: float = 0.0,
     opening: Sequence[str] = (),
+    ended: Callable[[int, Episode], None] = lambda place, episode: None,
 ) -> list[Episode]:
     """Play an episode on each seed, all at once, and return them in the order of the seeds.
 
-    A seed may stand there several times.
+    A seed may stand there several times. ended: called with each episode, and its place, when it ends.
     """
+
+    async def one(place: int, seed: int) -> Episode:
+        episode = await play_one(policy, seed, max_steps, settings, agent, explore, opening)
+        ended(place, episode)
+        return episode
 
     async def all_of_them() -> list[Episode]:
         async with asyncio.TaskGroup() as group:
-            tasks = [
-                group.create_task(play_one(policy, seed, max_steps, settings, agent, explore, opening))
-                for seed in seeds
-            ]
+            tasks = [group.create_task(one(place, seed)) for place, seed in enumerate(seeds)]
         return [task.result() for task in tasks]
 
     return asyncio.run(all_of_them())

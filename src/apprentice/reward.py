@@ -12,7 +12,10 @@ def rewards(episode: Episode, weights: Reward, score: float = 0.0) -> list[float
     score: the judge's, for the last decision.
     """
     found = [
-        weights.unlock * len(step.unlocked) + weights.health * step.health_change + weights.invalid * bool(step.invalid)
+        weights.unique * sum(weights.achievements.get(name, 1.0) for name in step.unlocked)
+        + weights.stepwise * bool(step.unlocked)
+        + weights.health * step.health_change
+        + weights.invalid * bool(step.invalid)
         for step in episode.steps
     ]
     found[-1] += weights.judge * score

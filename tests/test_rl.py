@@ -1,0 +1,186 @@
+"""RL plays and updates alike with any number of ranks and after any kill; a run that goes wrong stops and says so."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import SHOWN
+from safetensors.torch import load_file
+from test_pipeline import SMALL, checkout, environment
+
+from apprentice import rollouts, store
+from apprentice.conversation import batch
+from apprentice.ledger import Ledger
+from apprentice.local import Local
+
+SEEDS = [1, 1, 2, 2, 3, 3]
+
+
+def share(tiny, ledger: Ledger, rank: int = 0, ranks: int = 1, remote: bool = False) -> dict:
+    def policy(place: int):
+        local = Local("student", *tiny, 1.0, 4, random_seed=place)
+        return Remote(local) if remote else local
+
+    return rollouts.play_share(policy, SEEDS, 3, SHOWN, ledger, "x", 2, rank, ranks)
+
+
+class Remote:
+    """A policy whose answers don't depend on who else asks, as a server's."""
+
+    name = "student"
+
+    def __init__(self, local: Local):
+        self._local = local
+
+    def begin(self, seed: int):
+        return self._local.begin(seed)
+
+
+KEYS = [f"x {place}" for place in range(len(SEEDS))]
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_what_is_played_does_not_depend_on_ranks(tiny, remote):
+    with Ledger("one") as one, Ledger("two") as two:
+        assert list(share(tiny, one, remote=remote)) == [0, 1, 2, 3, 4, 5]
+        assert list(share(tiny, two, 0, 2, remote)) == [0, 1, 4, 5]
+        assert list(share(tiny, two, 1, 2, remote)) == [2, 3]
+        assert list(one.records(KEYS)) == list(two.records(KEYS))
+        actions = [[step.reply.message for step in episode.steps] for episode in rollouts.read(one, "x", 6)]
+    assert actions[0] != actions[1]  # a group's episodes are different ones
+
+
+@pytest.mark.parametrize(("remote", "again"), [(False, [2, 3]), (True, [3])])
+def test_after_a_kill_only_what_is_missing_is_played(tiny, remote, again):
+    """In process, with those it was played with; on a server, alone. It's the same episode."""
+    with Ledger("whole") as whole, Ledger("killed") as killed:
+        share(tiny, whole, remote=remote)
+        for key, record in zip(KEYS, whole.records(KEYS), strict=True):
+            if key != "x 3":
+                killed.add(key, record)
+        assert list(share(tiny, killed, remote=remote)) == again
+        assert list(killed.records(KEYS)) == list(whole.records(KEYS))
+        assert share(tiny, killed, remote=remote) == {}
+
+
+def test_a_decision_read_back_is_trained_on_as_it_was_sampled(tiny):
+    _, processor = tiny
+    with Ledger("kept") as ledger:
+        played = share(tiny, ledger)
+        for place, episode in enumerate(rollouts.read(ledger, "x", len(SEEDS))):
+            for before, after in zip(played[place].steps, episode.steps, strict=True):
+                one, other = (rollouts.encoded(step, SHOWN, processor) for step in (before, after))
+                assert (one.prompt_ids, one.answer_ids) == (other.prompt_ids, other.answer_ids)
+                assert torch.equal(one.pixel_values, other.pixel_values)
+                assert before.reply.sample.logprobs == after.reply.sample.logprobs
+                assert np.array_equal(before.reply.sample.hidden, after.reply.sample.hidden)
+
+
+def test_the_hidden_state_is_what_the_first_token_is_drawn_from(tiny):
+    model, processor = tiny
+    with Ledger("hidden") as ledger:
+        sample = share(tiny, ledger)[0].steps[0].reply.sample
+    inputs = batch(processor, [sample.encoded])
+    del inputs["labels"]
+    place = len(sample.encoded.prompt_ids) - 1
+    with torch.no_grad():
+        logits = model(**inputs).logits[0, place]
+        np.testing.assert_allclose(model.lm_head(torch.tensor(sample.hidden)), logits, atol=1e-4)
+
+
+def test_rollouts_are_a_trace_with_advantages(tiny, tmp_path):
+    with Ledger("trace") as ledger:
+        played = share(tiny, ledger)
+    for iteration in (0, 1):
+        group = [(played[place], np.arange(len(played[place].steps)) - 0.5) for place in (0, 1)]
+        rollouts.write(tmp_path / f"{iteration}.parquet", group, iteration)
+    rollouts.join([tmp_path / "0.parquet", tmp_path / "1.parquet"], tmp_path / "rollouts.parquet")
+    table = pq.read_table(tmp_path / "rollouts.parquet")
+    assert table.column_names == [*store.SCHEMA.names, "advantage", "iteration"]
+    assert table["advantage"].to_pylist()[:2] == [-0.5, 0.5]
+    episodes = list(store.read(tmp_path / "rollouts.parquet"))
+    assert [episode.id for episode in episodes] == ["rl-0-1-0", "rl-0-1-1", "rl-1-1-0", "rl-1-1-1"]
+    assert episodes[0].steps[0].observation.image.shape == (72, 72, 3)
+
+
+@pytest.fixture(scope="module")
+def adapted(tiny_folder, tmp_path_factory) -> Path:
+    """models/base and models/sft of an untrained student."""
+    from peft import LoraConfig, get_peft_model
+
+    from apprentice import student
+
+    models = tmp_path_factory.mktemp("adapted") / "models"
+    shutil.copytree(tiny_folder, models / "base")
+    torch.manual_seed(0)
+    model, _ = student.load(models / "base")
+    get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", exclude_modules=".*visual.*")).save_pretrained(
+        models / "sft"
+    )
+    return models
+
+
+TRAINED = SMALL | {
+    "profiles.tiny.prompt": {"mode": "image", "rules": False, "history": 2},
+    "profiles.tiny.rl.iterations": 2,
+    "profiles.tiny.rl.max_steps": 8,
+    "profiles.tiny.rl.evaluation": {"seeds": "310000-310001", "every": 2},
+}
+
+
+def train(top: Path, models: Path, cores: int, changes: dict) -> subprocess.CompletedProcess:
+    checkout(top, TRAINED | changes)
+    shutil.copytree(models, top / "models")
+    allowed = sorted(os.sched_getaffinity(0))[:cores]
+    return subprocess.run(
+        [sys.executable, "stages/rl.py"],
+        cwd=top,
+        env=environment(top / "cache"),
+        preexec_fn=lambda: os.sched_setaffinity(0, allowed),
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+
+
+def last_adapter(top: Path) -> dict[str, torch.Tensor]:
+    (checkpoint,) = top.glob("cache/rl/*/checkpoint-4")
+    return load_file(checkpoint / "adapter_model.safetensors")
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core is one rank")
+def test_two_ranks_make_the_update_of_one(adapted, tmp_path):
+    for cores in (1, 2):
+        done = train(tmp_path / str(cores), adapted, cores, {})
+        assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (last_adapter(tmp_path / str(cores)) for cores in (1, 2))
+    start = load_file(adapted / "sft" / "adapter_model.safetensors")
+    assert max((one[name] - start[name]).abs().max() for name in one) > 1e-4  # something was learnt
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], atol=2e-5, rtol=0)
+    first, second = (tmp_path / name / "data/rl/rollouts.parquet" for name in ("1", "2"))
+    one, two = (
+        pq.read_table(file).filter(pq.read_table(file)["iteration"].to_numpy() == 0) for file in (first, second)
+    )
+    assert one.equals(two)
+
+
+def test_a_run_that_leaves_its_bounds_stops_and_gives_the_best_adapter(adapted, tmp_path):
+    done = train(tmp_path / "top", adapted, 1, {"profiles.tiny.rl.max_invalid_rate": 0.0})
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "STOPPED EARLY: the share of invalid replies was" in done.stdout
+    metrics = json.loads((tmp_path / "top/metrics/rl.json").read_text())
+    assert "above the bound of 0" in metrics["stopped"] and metrics["best_iteration"] == 0
+    before, after = (
+        load_file(folder / "adapter_model.safetensors") for folder in (adapted / "sft", tmp_path / "top/models/rl")
+    )
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert (tmp_path / "top/data/rl/rollouts.parquet").exists()
+    assert len((tmp_path / "top/metrics/plots/rl.csv").read_text().splitlines()) == 2
