@@ -4,6 +4,7 @@ The endpoint is a real HTTP server (endpoint.py), the client the real one.
 """
 
 import asyncio
+import gzip
 import json
 import multiprocessing
 import os
@@ -142,6 +143,12 @@ def test_a_fault_that_passes_costs_only_time(fault):
         first, second = server.requests
         assert second.began - first.began > (2 if "Retry-After" in fault else 0.3)
         assert second.body == first.body
+
+
+def test_a_compressed_answer_is_read():
+    body = gzip.compress(json.dumps(NOOP.body).encode())
+    with Server([Answer(body, 200, {"Content-Encoding": "gzip"})]) as server:
+        assert completed(server).message == call("noop")
 
 
 def test_pauses_grow_and_no_two_clients_pause_alike():
