@@ -38,9 +38,11 @@ def main() -> None:
         shaping["judge"] = judge.model_dump(mode="json", include={"outcome", "events"})
         shaping["judge"]["endpoint"] = judge.endpoint.asked
     shaping["inputs"] = [digest(Path(folder)) for folder in ("models/base", "models/sft")]
-    checkpoints = cache() / "rl" / fingerprint(**shaping, dtype=profile.dtype, code=code(__file__))
     ranks, rows, accumulation = distributed.layout(rl.batch_size, rl.micro_batch_size)
-    distributed.launch(train, ranks, profile, judge, checkpoints, rows, accumulation)
+    if rl.zero.stage:
+        shaping["ranks"] = ranks  # each has its part of a checkpoint
+    checkpoints = cache() / "rl" / fingerprint(**shaping, dtype=profile.dtype, code=code(__file__))
+    distributed.launch(train, ranks, profile, judge, checkpoints, rows, accumulation, group=rl.zero.stage > 0)
 
 
 def train(profile: params.Profile, judge: params.Judge | None, checkpoints: Path, rows: int, accumulation: int):
@@ -70,6 +72,7 @@ def train(profile: params.Profile, judge: params.Judge | None, checkpoints: Path
         warmup_steps=rl.warmup_ratio,
         max_grad_norm=rl.max_grad_norm,
         temperature=rl.temperature,
+        disable_dropout=True,  # the sampler has none
         epsilon=rl.clip_low,
         epsilon_high=rl.clip_high,
         beta=rl.kl_coefficient,
@@ -82,6 +85,7 @@ def train(profile: params.Profile, judge: params.Judge | None, checkpoints: Path
         bf16=profile.dtype == "bfloat16",
         use_cpu=not torch.cuda.is_available(),
         gradient_checkpointing=torch.cuda.is_available(),
+        deepspeed=training.zero_config(rl.zero),
         ddp_find_unused_parameters=False,
         ddp_timeout=24 * 3600,  # the slowest rank's play is waited for
         remove_unused_columns=False,

@@ -443,8 +443,15 @@ class Rl(Section):
     """Share of replies in an iteration's play that cannot be read; with more, training stops."""
     max_kl: PositiveFloat = 0.3
     """KL divergence to the SFT policy, nats a token, mean of an iteration; with more, training stops."""
+    zero: Zero = Zero()
     random_seed: NonNegativeInt = 0
     reward: Reward = Reward()
+
+    @model_validator(mode="after")
+    def _whole_weights(self):
+        if self.zero.stage == 3:
+            raise ValueError("zero.stage 3 divides weights, which play needs whole; set stage to 2")
+        return self
 
     @model_validator(mode="after")
     def _whole_batches(self):
