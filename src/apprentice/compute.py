@@ -3,8 +3,17 @@
 import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
-from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
@@ -14,6 +23,13 @@ PATH = Path("compute.yaml")
 
 Variable = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 """The name of an environment variable."""
+
+
+def _server(value: str) -> str:
+    url = urlsplit(value)
+    if url.scheme not in ("http", "https") or not url.hostname or "@" in url.netloc or url.path.strip("/"):
+        raise ValueError("is not a server's address; write for example http://127.0.0.1:8000")
+    return value.rstrip("/")
 
 
 class Candidate(Section):
@@ -86,7 +102,28 @@ class Stage(Section):
         return self
 
 
+class Serve(Section):
+    """What the student plays on, in rl's rollouts and in the benchmark."""
+
+    student: Literal["auto", "in_process", "vllm"] = "auto"
+    """auto: vLLM where there are GPUs and it is installed, this program's own process elsewhere."""
+    endpoints: Annotated[tuple[Annotated[str, AfterValidator(_server)], ...], Field(strict=False)] = ()
+    """vLLM servers that run already, as http://127.0.0.1:8000; they have to be started with the flags that serve.py
+    gives its own, and read adapters from the same folders as this machine."""
+    gpus: Annotated[tuple[NonNegativeInt, ...], Field(strict=False, min_length=1)] | None = None
+    """The GPUs (0 is the first) that have a server each, for it alone: rl trains on the others. Null: one on each, and
+    in rl the servers sleep while it trains."""
+    gpu_memory: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Share of a GPU's memory that a server takes; null is 0.9, or 0.45 beside a trainer."""
+    program: Annotated[str, Field(min_length=1)] | None = None
+    """Where vLLM is, for example /opt/vllm/bin/vllm; null looks at APPRENTICE_VLLM, beside this Python, and in
+    .venv-vllm."""
+    start_timeout: PositiveFloat = 900.0
+    """Seconds that a server may take to start."""
+
+
 class Compute(Section):
+    serve: Serve = Serve()
     stages: dict[Literal["student", "sft", "rl", "benchmark"], Stage] = Field(default_factory=dict)
     """Those that have something to do for a GPU; one that isn't named runs here."""
 

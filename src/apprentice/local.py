@@ -59,19 +59,18 @@ class Local:
             return
         for (_, _, future), row, answer in zip(waiting, rows, answers, strict=True):
             if not future.done():
-                future.set_result(self._reply(row, *answer))
+                ids, logprobs, hidden = answer
+                encoded = Encoded(row.prompt_ids, ids, row.pixel_values, row.image_grid_thw)
+                sample = Sample(encoded, logprobs, hidden)
+                future.set_result(as_reply(self.name, self.processor, len(row.prompt_ids), ids, sample))
 
-    def _reply(self, row: Encoded, ids: list[int], logprobs: list[float], hidden: np.ndarray) -> Reply:
-        ended = ids[-1] == self.processor.tokenizer.eos_token_id
-        text = self.processor.tokenizer.decode(ids[:-1] if ended else ids)
-        return Reply(
-            {"role": "assistant", "content": text},
-            "stop" if ended else "length",
-            self.name,
-            len(row.prompt_ids),
-            len(ids),
-            Sample(Encoded(row.prompt_ids, ids, row.pixel_values, row.image_grid_thw), logprobs, hidden),
-        )
+
+def as_reply(name: str, processor, prompt_tokens: int, ids: list[int], sample) -> Reply:
+    """A reply from the tokens of its answer."""
+    ended = ids[-1] == processor.tokenizer.eos_token_id
+    text = processor.tokenizer.decode(ids[:-1] if ended else ids)
+    message = {"role": "assistant", "content": text}
+    return Reply(message, "stop" if ended else "length", name, prompt_tokens, len(ids), sample)
 
 
 def shown(processor, turn: Turn) -> Encoded:

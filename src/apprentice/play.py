@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 
 import numpy as np
@@ -120,11 +121,13 @@ def record(
     explore: float = 0.0,
     opening: Sequence[str] = (),
     together: int = 1,
+    while_playing: AbstractContextManager = nullcontext(),  # noqa: B008
 ) -> Iterator[Episode]:
     """The episodes on these seeds, in order. Those that the ledger lacks are played first, on all cores.
 
     build(*args): the policy, built once in each process. together: how many seeds one policy plays at once. A batched
     model's rounding depends on the company, so episodes are known by it, and if one is missing all are played again.
+    while_playing: what the policy needs to be there, entered only if there is something to play.
     """
     groups = [tuple(seeds[start : start + together]) for start in range(0, len(seeds), together)]
     keys = {group: [str(seed) if together == 1 else f"{seed} of {group}" for seed in group] for group in groups}
@@ -134,10 +137,11 @@ def record(
         calls = [(build, args, group, max_steps, settings, agent, explore, opening) for group in missing]
         with tqdm(total=len(seeds), desc=agent, unit="episode", mininterval=1) as bar:
             bar.update(len(seeds) - sum(map(len, missing)))
-            for group, played in in_processes(_play_group, calls):
-                for key, data in zip(keys[group], played, strict=True):
-                    ledger.add(key, data)
-                bar.update(len(played))
+            with while_playing if calls else nullcontext():
+                for group, played in in_processes(_play_group, calls):
+                    for key, data in zip(keys[group], played, strict=True):
+                        ledger.add(key, data)
+                    bar.update(len(played))
         yield from ledger.episodes(key for group in groups for key in keys[group])
 
 

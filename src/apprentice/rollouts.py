@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from apprentice import store
+from apprentice.command import WorkError
 from apprentice.conversation import Encoded
 from apprentice.episode import Episode, Step
 from apprentice.ledger import Ledger
@@ -118,11 +119,20 @@ def _sample(row: dict) -> Sample:
 
 
 def encoded(step: Step, settings: Prompt, processor) -> Encoded:
-    """What was shown and answered, as the model takes it; rendered again for a decision that was read back."""
+    """What was shown and answered, as the model takes it; rendered here for a decision that was read back, or served.
+
+    Raises WorkError if a server was shown something else.
+    """
     known = step.reply.sample.encoded
-    if known.prompt_ids:
+    if known.prompt_ids and (known.pixel_values is not None or settings.mode == "text"):
         return known
-    return replace(shown(processor, Turn(step.observation, step.history, settings)), answer_ids=known.answer_ids)
+    here = shown(processor, Turn(step.observation, step.history, settings))
+    if known.prompt_ids and known.prompt_ids != here.prompt_ids:
+        raise WorkError(
+            "the vLLM server renders other prompts than training does: it has another model or another chat template; "
+            "let it serve models/base with the flags of apprentice.serve"
+        )
+    return replace(here, answer_ids=known.answer_ids)
 
 
 SCHEMA = pa.schema(

@@ -1,0 +1,204 @@
+"""Servers are started where they should be, waited for, restarted once and never left behind; here with a program that
+answers like vLLM. tests/on_vllm.py has the real one."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx2
+import pytest
+
+from apprentice import serve
+from apprentice.command import WorkError
+from apprentice.compute import Serve
+from apprentice.params import ConfigError
+from apprentice.serve import Plan, Servers, plan
+
+PROGRAM = """#!{python}
+import json, os, subprocess, sys
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+engine = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"])  # as vLLM's is
+print("started", os.getpid(), engine.pid, os.environ["CUDA_VISIBLE_DEVICES"] or "none", flush=True)
+if os.environ.get("BROKEN"):
+    sys.exit("no memory left")
+models = [{{"id": "base", "parent": None}}]
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.answer({{"data": models}})
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"] or 0)) or "null")
+        if self.path == "/v1/load_lora_adapter":
+            models.append({{"id": body["lora_name"], "parent": "base"}})
+        if self.path == "/v1/unload_lora_adapter":
+            models[:] = [model for model in models if model["id"] != body["lora_name"]]
+        self.answer({{}})
+    def answer(self, content):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps(content).encode())
+    def log_message(self, *arguments):
+        pass
+
+ThreadingHTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Handler).serve_forever()
+"""
+
+
+@pytest.fixture
+def program(tmp_path) -> str:
+    file = tmp_path / "vllm"
+    file.write_text(PROGRAM.format(python=sys.executable))
+    file.chmod(0o755)
+    return str(file)
+
+
+def running(program: str, **settings) -> Servers:
+    found = Serve(student="vllm", program=program, start_timeout=60.0, **settings)
+    return Servers(plan(found, [], training=False), found, Path("models/base"), "float32", [])
+
+
+def started(server: serve.Server) -> list[list[str]]:
+    """For each start: server's pid, engine's pid, GPUs."""
+    lines = Path(server.log).read_text().splitlines()
+    return [line.split()[1:] for line in lines if line.startswith("started")]
+
+
+def alive(pid: str) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def gone(pids: list[str]) -> bool:
+    end = time.monotonic() + 10
+    while any(map(alive, pids)) and time.monotonic() < end:
+        time.sleep(0.05)
+    return not any(map(alive, pids))
+
+
+@pytest.mark.parametrize(
+    ("settings", "gpus", "training", "expected"),
+    [
+        ({}, [], True, Plan(())),
+        ({}, ["0", "1"], True, Plan(("0", "1"), None, sleeps=True)),
+        ({}, ["0", "1"], False, Plan(("0", "1"))),
+        ({"student": "in_process"}, ["0"], True, Plan(())),
+        ({"student": "vllm"}, [], True, Plan((None,))),
+        ({"gpus": [0, 1]}, ["4", "5", "6", "7"], True, Plan(("4", "5"), ("6", "7"))),
+        ({"gpus": [0, 1]}, ["4", "5", "6", "7"], False, Plan(("4", "5"))),
+        ({"student": "vllm", "endpoints": ["http://127.0.0.1:1", "http://127.0.0.1:2"]}, [], True, Plan((None, None))),
+    ],
+)
+def test_servers_and_trainer_share_the_gpus(program, settings, gpus, training, expected):
+    assert plan(Serve(program=program, **settings), gpus, training) == expected
+
+
+def test_without_vllm_gpus_still_play_in_process(tmp_path):
+    assert plan(Serve(program=str(tmp_path / "none")), ["0"], training=True) == Plan(())
+
+
+@pytest.mark.parametrize(
+    ("settings", "gpus", "said"),
+    [
+        ({"student": "vllm", "program": "/nowhere/vllm"}, [], "make vllm"),
+        ({"gpus": [0, 3]}, ["0", "1"], r"serve.gpus names \[3\]"),
+        ({"gpus": [0, 1]}, ["0", "1"], "leaves no GPU to train on"),
+    ],
+)
+def test_what_cannot_be_is_said_before_any_work(program, settings, gpus, said):
+    with pytest.raises(ConfigError, match=said):
+        plan(Serve(**{"program": program} | settings), gpus, training=True)
+
+
+@pytest.mark.parametrize(("sleeps", "memory"), [(False, None), (True, 0.45), (False, 0.9)])
+def test_a_server_is_started_with_the_flags_that_this_needs(sleeps, memory):
+    found = serve.command("vllm", Path("models/base"), "http://127.0.0.1:8123", "bfloat16", 9, memory, sleeps)
+    assert found[:3] == ["vllm", "serve", "models/base"]
+    values = dict(zip(found, found[1:], strict=False))
+    assert (values["--host"], values["--port"], values["--max-lora-rank"]) == ("127.0.0.1", "8123", "16")
+    assert json.loads(values["--limit-mm-per-prompt"]) == {"image": 1, "video": 0}
+    assert values["--tool-call-parser"] == "hermes" and values["--logprobs-mode"] == "processed_logprobs"
+    assert {"--enable-auto-tool-choice", "--enable-lora", "--enable-tower-connector-lora"} <= set(found)
+    assert ("--enable-sleep-mode" in found) == sleeps and ("--enforce-eager" in found) == (memory is None)
+    assert values.get("--gpu-memory-utilization") == (memory and str(memory))
+
+
+def test_each_gpu_has_a_server_of_its_own_and_all_end_with_the_block(program):
+    found = Serve(program=program, gpus=(0, 1), start_timeout=60.0)
+    with Servers(plan(found, ["6", "7"], training=False), found, Path("models/base"), "bfloat16", []) as students:
+        begun = [line for server in students.servers for line in started(server)]
+        assert [gpus for *_, gpus in begun] == ["6", "7"]
+        assert all(map(alive, begun[0][:2]))
+    assert gone([pid for *pids, _ in begun for pid in pids])
+
+
+def test_a_server_that_cannot_start_says_why(program, monkeypatch):
+    monkeypatch.setenv("BROKEN", "1")
+    with pytest.raises(WorkError, match=r"(?s)vLLM has ended.*no memory left"), running(program):
+        pass
+
+
+def test_a_server_that_does_not_get_ready_is_given_up(tmp_path):
+    sleeper = tmp_path / "vllm"
+    sleeper.write_text(f"#!{sys.executable}\nimport time\nprint('loading', flush=True)\ntime.sleep(1000)")
+    sleeper.chmod(0o755)
+    found = Serve(student="vllm", program=str(sleeper), start_timeout=1.0)
+    with (
+        pytest.raises(WorkError, match=r"(?s)not ready after 1 s.*loading"),
+        Servers(Plan((None,)), found, Path("models/base"), "float32", []),
+    ):
+        pass
+
+
+def test_a_server_that_ends_is_started_again_once(program, capfd):
+    with running(program) as students:
+        server = students.servers[0]
+        for times in (1, 2):
+            [first, engine, _] = started(server)[-1]
+            os.kill(int(first), signal.SIGKILL)
+            assert gone([first, engine])
+            if times == 1:
+                server.ready()
+        with pytest.raises(WorkError, match="vLLM has ended"):
+            server.ready()
+        assert len(started(server)) == 2
+    assert capfd.readouterr().err.count("starting it again") == 1
+
+
+def test_no_server_outlives_a_killed_parent(program, tmp_path):
+    code = (
+        "from pathlib import Path; import time; from test_serve import running\n"
+        f"with running({program!r}) as students:\n"
+        "    print(students.servers[0].log, flush=True); time.sleep(1000)"
+    )
+    environment = os.environ | {"APPRENTICE_CACHE": str(tmp_path), "PYTHONPATH": str(Path(__file__).parent)}
+    parent = subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True)
+    [pids] = started(serve.Server("", parent.stdout.readline().strip()))
+    assert all(map(alive, pids[:2]))
+    parent.kill()
+    assert gone(pids[:2])
+    parent.wait()
+
+
+def test_an_adapter_is_called_by_its_weights_and_loaded_once(program, tmp_path):
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"one")
+    one = serve.Adapter.of(tmp_path)
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"two")
+    assert serve.Adapter.of(tmp_path).name != one.name
+    with running(program) as students:
+        server = students.servers[0]
+        for _ in range(2):
+            server.ready(one)
+        assert server.adapters() == [one.name]
+        server.unload(one.name)
+        assert server.adapters() == []
+        running_already = Serve(student="vllm", endpoints=[server.url])
+        with Servers(plan(running_already, [], training=True), running_already, tmp_path, "float32", []) as named:
+            assert [known.url for known in named.servers] == [server.url]
+        assert httpx2.get(f"{server.url}/health").status_code == 200  # not ours to end
