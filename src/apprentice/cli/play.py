@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from apprentice import params
+from apprentice.cli import agents
 from apprentice.params import ConfigError
 
 if TYPE_CHECKING:
@@ -18,9 +19,6 @@ if TYPE_CHECKING:
     from apprentice.episode import Episode
     from apprentice.policy import Policy
 
-ADAPTERS = {"base": None, "sft": "models/sft", "rl": "models/rl"}
-_SCRIPTED = ("random", "noop", "expert")
-_ME = "me"
 _DONE = ("\x1b", "\x04", "x", "")
 """Keys that end the game by hand: Escape, Ctrl-D, x; the last is the end of the input."""
 _KEYS = {
@@ -39,21 +37,12 @@ _HELP = (
 )
 
 
-def agents() -> list[str]:
-    """Who can play: those built in, the student, the teachers behind an endpoint, and whoever sits there."""
-    try:
-        teachers = params.load().teachers
-    except ConfigError:
-        teachers = {}
-    return [*_SCRIPTED, *ADAPTERS, *(name for name, teacher in teachers.items() if teacher.endpoint), _ME]
-
-
 def play(
     agent: Annotated[
         str,
         typer.Argument(
-            help="random, noop, expert; base, sft, rl: the student; a teacher behind an API; me: by hand.",
-            autocompletion=agents,
+            help="random, noop, expert; base, sft, rl: the student; a model behind an API; me: by hand.",
+            autocompletion=agents.names,
         ),
     ],
     seed: Annotated[
@@ -74,19 +63,19 @@ def play(
     for path, ending in ((gif, ".gif"), (mp4, ".mp4")):
         if path and path.suffix.lower() != ending:
             raise ConfigError(f"{path} must end in {ending}")
-    if agent == _ME and not (sys.stdin.isatty() and sys.stdout.isatty()):
+    if agent == agents.ME and not (sys.stdin.isatty() and sys.stdout.isatty()):
         raise ConfigError("playing by hand needs a terminal for keys and pictures; run it in one, or name an agent")
-    if agent == _ME and (gif or mp4):
+    if agent == agents.ME and (gif or mp4):
         raise ConfigError("a game by hand cannot be filmed; leave --gif and --mp4 out, or name an agent")
-    settings = params.load() if agent not in (*_SCRIPTED, _ME) or params.PATH.exists() else None
-    if agent not in agents():
-        raise ConfigError(f"there is no agent {agent!r}; there are {', '.join(agents())}")
+    settings = params.load() if agent not in (*agents.SCRIPTED, agents.ME) or params.PATH.exists() else None
+    if agent not in agents.names():
+        raise ConfigError(f"there is no agent {agent!r}; there are {', '.join(agents.names())}")
     if seed is None:
         seed = settings.benchmark.seeds[0] if settings else 0
     if max_steps is None:
-        max_steps = settings.benchmark.steps if settings and agent != _ME else 10_000
+        max_steps = settings.benchmark.steps if settings and agent != agents.ME else 10_000
 
-    if agent == _ME:
+    if agent == agents.ME:
         end = _by_hand(seed, max_steps)
         steps, reward, achievements, died = end.steps, end.reward, end.achievements, end.died
     else:
@@ -149,11 +138,11 @@ def _episode(
     def seen(policy: "Policy") -> "Policy":
         return Watched(policy, max_steps, *watched) if watched else policy
 
-    if agent in _SCRIPTED:
+    if agent in agents.SCRIPTED:
         from apprentice.policy import Scripted
 
         return asyncio.run(play_one(seen(Scripted(agent)), seed, max_steps, params.Prompt(), agent))
-    if agent in ADAPTERS:
+    if agent in agents.students(settings):
         return asyncio.run(play_one(seen(_student(agent, settings)), seed, max_steps, settings.student.prompt, agent))
 
     from apprentice.chat import Chat
@@ -161,12 +150,12 @@ def _episode(
     from apprentice.command import WorkError
     from apprentice.ledger import Replies
 
-    teacher = settings.teachers[agent]
+    model, whose = agents.models(settings)[agent]
 
     async def ask() -> "Episode":
-        with Replies(agent, teacher.endpoint.asked, alone=True) as replies:
-            async with Client(teacher.endpoint, f"teachers.{agent}.endpoint", replies.spent() or 0.0) as client:
-                return await play_one(seen(Chat(agent, client, replies)), seed, max_steps, teacher.prompt, agent)
+        with Replies(agent, model.endpoint.asked, alone=True) as replies:
+            async with Client(model.endpoint, whose, replies.spent() or 0.0) as client:
+                return await play_one(seen(Chat(agent, client, replies)), seed, max_steps, model.prompt, agent)
 
     try:
         return asyncio.run(ask())
@@ -175,7 +164,8 @@ def _episode(
 
 
 def _student(agent: str, settings: params.Params) -> "Policy":
-    for folder in filter(None, ("models/base", ADAPTERS[agent])):
+    weights = agents.students(settings)[agent]
+    for folder in ("models/base", weights):
         if not Path(folder).is_dir():
             raise ConfigError(f"{agent} needs {folder}, which is not there; make it by dvc repro, or dvc pull it")
     from apprentice import local
@@ -183,7 +173,8 @@ def _student(agent: str, settings: params.Params) -> "Policy":
 
     profile = settings.student
     sampling = profile.sampling
-    return local.load(agent, ADAPTERS[agent], profile.dtype, sampling.temperature, sampling.max_tokens, cores())
+    adapter = None if weights == "models/base" else weights
+    return local.load(agent, adapter, profile.dtype, sampling.temperature, sampling.max_tokens, cores())
 
 
 def _by_hand(seed: int, max_steps: int) -> "Moment":

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from apprentice import params
+from apprentice.cli import agents
 from apprentice.params import ConfigError
 
 
@@ -24,7 +25,7 @@ def serve(
 ) -> None:
     """Serve Crafter by OpenEnv's protocol (and plain HTTP), for others' trainers; /docs describes it.
 
-    /rollout plays whole episodes with the teachers behind an API of params.yaml, if there is one.
+    /rollout plays whole episodes with the models behind an API of params.yaml, if there is one.
 
     Example: apprentice serve --port 8000
     """
@@ -52,9 +53,8 @@ def serve(
 
     import uvicorn
 
-    teachers = settings.teachers if settings else {}
     limits = openenv_server.Limits(max_sessions, idle_timeout, rollouts=max_rollouts)
-    app = openenv_server.application(limits, key, {name: one for name, one in teachers.items() if one.endpoint})
+    app = openenv_server.application(limits, key, agents.models(settings))
     config = uvicorn.Config(
         app,
         log_level="warning",

@@ -3,7 +3,7 @@
 The world is deterministic: whoever looks on plays the same actions in a world of their own.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,12 +42,15 @@ class Moment:
 class Spectator:
     """A world of one's own, moved by the actions of another."""
 
-    def __init__(self, seed: int, max_steps: int, size: int):
-        self._world, self._size = World(seed, max_steps=max_steps), size
+    def __init__(self, seed: int, max_steps: int, size: int, opening: Sequence[str] = ()):
+        self._world, self._size = World(seed, max_steps=max_steps + len(opening)), size
+        self._opening = opening
         self._steps, self._reward, self._achievements = 0, 0.0, ()
 
     def start(self) -> Moment:
         observation = self._world.reset()
+        for action in self._opening:
+            observation = self._world.step(action).observation
         return Moment(0, "", "", "", observation, self._world.render(self._size), 0.0, (), (), False, False)
 
     def see(self, action: str, said: str = "", invalid: str = "") -> Moment:
@@ -102,9 +105,9 @@ class _WatchedPlayer:
         self.player.end()
 
 
-def moments(episode: Episode, size: int) -> Iterator[Moment]:
-    """A played episode again, step by step; not for an import, whose world is not known."""
-    spectator = Spectator(episode.seed, episode.length, size)
+def moments(episode: Episode, size: int, opening: Sequence[str] = ()) -> Iterator[Moment]:
+    """A played episode again, step by step; not for an import, whose world is not known. opening: see `play_one`."""
+    spectator = Spectator(episode.seed, episode.length, size, opening)
     yield spectator.start()
     for step in episode.steps:
         for action in step.executed:

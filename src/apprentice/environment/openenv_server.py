@@ -32,7 +32,7 @@ from apprentice.chat import Chat
 from apprentice.client import Client, Failed
 from apprentice.command import WorkError
 from apprentice.ledger import Replies
-from apprentice.params import ConfigError, Prompt, Teacher
+from apprentice.params import ConfigError, Player, Prompt
 from apprentice.play import play_one
 from apprentice.policy import Policy, Scripted
 from apprentice.processes import cores
@@ -224,11 +224,11 @@ class Sessions:
 class Rollouts:
     """Whole episodes, in a thread with an event loop of its own: its worlds' steps hold up no session.
 
-    endpoints: by name, teachers with policy chat. A request can name one, and nothing else of it: neither an address
-    nor a key.
+    endpoints: models by name, each with where its settings stand. A request can name one, and nothing else of
+    it: neither an address nor a key.
     """
 
-    def __init__(self, endpoints: dict[str, Teacher], limits: Limits):
+    def __init__(self, endpoints: dict[str, tuple[Player, str]], limits: Limits):
         self.endpoints, self.limits = endpoints, limits
         self._chats: dict[str, Chat] = {}
         self._running: set[Future] = set()
@@ -256,9 +256,9 @@ class Rollouts:
         return future
 
     async def _play(self, asked: Rollout) -> dict:
-        teacher = self.endpoints.get(asked.policy)
-        settings = teacher.prompt if teacher else Prompt()
-        policy = self._chat(asked.policy, teacher) if teacher else Scripted(asked.policy)
+        model, whose = self.endpoints.get(asked.policy, (None, ""))
+        settings = model.prompt if model else Prompt()
+        policy = self._chat(asked.policy, model, whose) if model else Scripted(asked.policy)
         episode = await play_one(_Fair(policy), asked.seed, asked.max_steps, settings, asked.policy)
         rows = await asyncio.to_thread(lambda: store.to_table(episode).to_pylist())
         return {
@@ -271,11 +271,11 @@ class Rollouts:
             "decisions": [_row(row, asked.images) for row in rows],
         }
 
-    def _chat(self, name: str, teacher: Teacher) -> Chat:
+    def _chat(self, name: str, model: Player, whose: str) -> Chat:
         """One for all rollouts, so that max_cost_usd holds for them together; replies are kept and not paid twice."""
         if name not in self._chats:
-            replies = Replies(name, teacher.endpoint.asked)
-            client = Client(teacher.endpoint, f"teachers.{name}.endpoint", replies.spent() or 0.0)
+            replies = Replies(name, model.endpoint.asked)
+            client = Client(model.endpoint, whose, replies.spent() or 0.0)
             self._chats[name] = Chat(name, client, replies)
         return self._chats[name]
 
@@ -393,7 +393,7 @@ def _knows(authorization: bytes, key: bytes) -> bool:
     return secrets.compare_digest(given.strip(), key)
 
 
-def application(limits: Limits, key: str | None, endpoints: dict[str, Teacher]) -> ASGIApp:
+def application(limits: Limits, key: str | None, endpoints: dict[str, tuple[Player, str]]) -> ASGIApp:
     """The server. key: what every request but /health must bring; None for none."""
     sessions, rollouts = Sessions(limits), Rollouts(endpoints, limits)
 

@@ -1,0 +1,214 @@
+"""`apprentice export`: the student's training data in the forms that others' trainers read."""
+
+import base64
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from apprentice.command import WorkError
+from apprentice.params import ConfigError
+
+Format = Literal["openai", "huggingface", "llamafactory"]
+SPLITS = {"train": "train", "val": "validation"}
+_CARD = """\
+---
+configs:
+- config_name: default
+  data_files:
+  - split: train
+    path: data/train-*.parquet
+  - split: validation
+    path: data/validation-*.parquet
+---
+Decisions in [Crafter](https://github.com/danijar/crafter), one a row: what a teacher was shown (`messages` and
+`images`, in TRL's form), the `tools`, and the teacher's call as the last message. Made by `apprentice export`.
+"""
+
+
+def export(
+    form: Annotated[
+        Format,
+        typer.Argument(
+            metavar="FORMAT",
+            help="openai: JSONL for its fine-tuning API. huggingface: a folder for datasets.load_dataset. "
+            "llamafactory: its dataset_info.json and files.",
+        ),
+    ],
+    out: Annotated[Path | None, typer.Option(help="The folder to make; otherwise exports/FORMAT.")] = None,
+    source: Annotated[Path, typer.Option("--from", help="Where train.jsonl and val.jsonl are.")] = Path("data/sft"),
+    as_json: Annotated[bool, typer.Option("--json", help="What was written, for a script.")] = False,
+) -> None:
+    """Write the training data, split as it is, for another trainer.
+
+    Example: apprentice export llamafactory --out ~/LLaMA-Factory/data/crafter
+    """
+    out = out or Path("exports") / form
+    files = {split: source / f"{split}.jsonl" for split in SPLITS}
+    for file in files.values():
+        if not file.is_file():
+            raise ConfigError(f"there is no {file}; make it by dvc repro split, or dvc pull it, or name another --from")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out} is there already and not empty; remove it, or give another --out")
+
+    from apprentice.dataset import Jsonl
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    # Beside it, and in its place only when it's whole.
+    partial = Path(tempfile.mkdtemp(prefix=f".partial-{out.name}-", dir=out.parent))
+    try:
+        write = {"openai": _openai, "huggingface": _huggingface, "llamafactory": _llamafactory}[form]
+        counts = write(partial, {split: Jsonl(file) for split, file in files.items()})
+        if out.exists():
+            out.rmdir()
+        partial.chmod(0o755)
+        partial.rename(out)
+    except (json.JSONDecodeError, KeyError) as error:
+        raise WorkError(
+            f"{source} does not hold the pipeline's rows ({error!r}); make them anew: dvc repro split"
+        ) from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    if as_json:
+        print(json.dumps({"format": form, "folder": str(out), "rows": counts}))
+    else:
+        print(f"{out}: " + ", ".join(f"{count} rows of {SPLITS[split]}" for split, count in counts.items()))
+
+
+def _openai(out: Path, splits: dict[str, Iterable[dict]]) -> dict[str, int]:
+    """Nothing but what the fine-tuning API knows: it refuses a file with other keys."""
+    from apprentice.dataset import write_jsonl
+
+    def rows(chats: Iterable[dict]) -> Iterator[dict]:
+        for chat in _progress(chats):
+            yield {"messages": chat["messages"], "tools": chat["tools"]}
+
+    return {split: write_jsonl(out / f"{split}.jsonl", rows(chats)) for split, chats in splits.items()}
+
+
+def _huggingface(out: Path, splits: dict[str, Iterable[dict]]) -> dict[str, int]:
+    """Messages and tools as JSON columns: as structs, every key of one would be in all, as null, and a chat template
+    takes a part with an `image` of null for a picture."""
+    from datasets import Dataset, Features, Image, Json, List, Value, disable_progress_bars
+
+    features = Features(
+        {
+            "messages": List(Json()),
+            "images": List(Image()),
+            "tools": List(Json()),
+            "episode_id": Value("string"),
+            "step": Value("int32"),
+            "seed": Value("int64"),
+            "teacher": Value("string"),
+            "model": Value("string"),
+        }
+    )
+
+    def rows(chats: Iterable[dict]) -> Iterator[dict]:
+        for chat in _progress(chats):
+            messages, pngs = _without_pictures(chat["messages"])
+            known = {name: chat["metadata"].get(name) for name in ("episode_id", "step", "seed", "teacher", "model")}
+            images = [{"bytes": png, "path": None} for png in pngs]
+            yield {"messages": messages, "images": images, "tools": chat["tools"], **known}
+
+    disable_progress_bars()
+    counts = {}
+    (out / "data").mkdir()
+    for split, chats in splits.items():
+        with tempfile.TemporaryDirectory(dir=out.parent) as cache:
+            data = Dataset.from_generator(rows, features=features, gen_kwargs={"chats": chats}, cache_dir=cache)
+            data.to_parquet(out / "data" / f"{SPLITS[split]}-00000-of-00001.parquet")
+            counts[split] = len(data)
+            del data
+    (out / "README.md").write_text(_CARD)
+    return counts
+
+
+def _llamafactory(out: Path, splits: dict[str, Iterable[dict]]) -> dict[str, int]:
+    """LLaMA-Factory's sharegpt form (`data/README.md` and `converter.py` there), a picture a file.
+
+    Its media_dir is the folder of dataset_info.json, if dataset_dir is.
+    """
+    from apprentice.dataset import write_jsonl
+
+    (out / "images").mkdir()
+
+    def rows(chats: Iterable[dict]) -> Iterator[dict]:
+        for chat in _progress(chats):
+            messages, pngs = _without_pictures(chat["messages"])
+            names = [f"images/{hashlib.sha256(png).hexdigest()[:24]}.png" for png in pngs]
+            for name, png in zip(names, pngs, strict=True):
+                if not (out / name).exists():
+                    (out / name).write_bytes(png)
+            yield {
+                "conversations": [_turn(message) for message in messages if message["role"] != "system"],
+                "system": "\n".join(_words(message) for message in messages if message["role"] == "system"),
+                "tools": json.dumps([tool["function"] for tool in chat["tools"]]),
+                "images": names,
+            }
+
+    counts, described = {}, {}
+    for split, chats in splits.items():
+        counts[split] = write_jsonl(out / f"{split}.jsonl", rows(chats))
+        described[f"crafter_{split}"] = {
+            "file_name": f"{split}.jsonl",
+            "formatting": "sharegpt",
+            "columns": {"messages": "conversations", "system": "system", "tools": "tools", "images": "images"},
+        }
+    (out / "dataset_info.json").write_text(json.dumps(described, indent=2) + "\n")
+    return counts
+
+
+def _turn(message: dict) -> dict[str, str]:
+    words = _words(message)
+    if message["role"] == "user":
+        return {"from": "human", "value": words}
+    calls = [call["function"] for call in message.get("tool_calls") or ()]
+    asked = [{"name": call["name"], "arguments": json.loads(call["arguments"])} for call in calls]
+    if not calls:
+        return {"from": "gpt", "value": words}
+    if not words:
+        return {"from": "function_call", "value": json.dumps(asked[0] if len(asked) == 1 else asked)}
+    # It has no turn for words and a call: both as the model will say them.
+    said = [f"<tool_call>\n{json.dumps(call)}\n</tool_call>" for call in asked]
+    return {"from": "gpt", "value": "\n".join([words, *said])}
+
+
+def _words(message: dict) -> str:
+    """The text; `<image>` where a picture is, and nowhere else."""
+    content = message["content"] or ""
+    if isinstance(content, str):
+        return content.replace("<image>", "[image]")
+    return "".join(
+        "<image>" if part["type"] == "image" else part["text"].replace("<image>", "[image]") for part in content
+    )
+
+
+def _without_pictures(messages: list[dict]) -> tuple[list[dict], list[bytes]]:
+    """The messages with {"type": "image"} in the pictures' places, and the pictures' bytes."""
+    pngs: list[bytes] = []
+
+    def part_of(part: dict) -> dict:
+        if part["type"] != "image_url":
+            return part
+        pngs.append(base64.b64decode(part["image_url"]["url"].partition(",")[2]))
+        return {"type": "image"}
+
+    found = [
+        message | {"content": [part_of(part) for part in message["content"]]}
+        if isinstance(message.get("content"), list)
+        else message
+        for message in messages
+    ]
+    return found, pngs
+
+
+def _progress(chats: Iterable[dict]) -> Iterable[dict]:
+    from tqdm import tqdm
+
+    return tqdm(chats, unit="row", mininterval=1, disable=None)

@@ -1,0 +1,103 @@
+"""`apprentice export`: others' trainers can read what it writes, and nothing is lost on the way."""
+
+import base64
+import json
+from pathlib import Path
+
+import pytest
+from command_line import run
+from datasets import Image, load_dataset
+
+from apprentice import conversation, prompt
+from apprentice.dataset import Jsonl, write_jsonl
+from apprentice.params import Prompt
+from apprentice.play import play
+from apprentice.policy import Scripted
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    top = tmp_path_factory.mktemp("source")
+    episodes = play(Scripted("expert", rationale=True), [0, 1], 12, Prompt())
+    for split, episode, rationale in (("train", episodes[0], False), ("val", episodes[1], True)):
+        rows = [conversation.row(episode, step, Prompt(history=2), rationale) for step in episode.steps]
+        rows[3]["messages"][1]["content"][1]["text"] += " <image>"  # as in an import
+        write_jsonl(top / f"data/sft/{split}.jsonl", rows)
+    return top
+
+
+def png(chat: dict) -> bytes:
+    return base64.b64decode(chat["messages"][1]["content"][0]["image_url"]["url"].partition(",")[2])
+
+
+def exported(source: Path, form: str, out: Path) -> dict:
+    done = run(source, "export", form, "--out", str(out), "--json")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_openai_gets_the_chats_and_no_key_that_it_would_refuse(source, tmp_path):
+    assert exported(source, "openai", tmp_path / "out")["rows"] == {"train": 12, "val": 12}
+    chats = list(Jsonl(source / "data/sft/train.jsonl"))
+    assert list(Jsonl(tmp_path / "out/train.jsonl")) == [
+        {"messages": chat["messages"], "tools": prompt.TOOLS} for chat in chats
+    ]
+
+
+def test_the_folder_for_datasets_loads_with_pictures_and_the_same_messages(source, tmp_path):
+    exported(source, "huggingface", tmp_path / "out")
+    data = load_dataset(str(tmp_path / "out"), cache_dir=str(tmp_path / "cache"))
+    assert set(data) == {"train", "validation"} and len(data["train"]) == 12
+    assert data["train"].features["images"].feature == Image()
+    for row, chat in zip(data["train"], Jsonl(source / "data/sft/train.jsonl"), strict=True):
+        (picture,) = row["images"]
+        assert (prompt.unpng(png(chat)) == picture).all()
+        assert row["messages"][1]["content"][0] == {"type": "image"}  # and no other key, not even as null
+        assert row["messages"][0] == chat["messages"][0] and row["messages"][2] == chat["messages"][2]
+        assert row["tools"] == prompt.TOOLS and row["episode_id"] == chat["metadata"]["episode_id"]
+    assert not list(tmp_path.glob(".partial*")) and sorted(path.name for path in tmp_path.iterdir()) == ["cache", "out"]
+
+
+def test_the_chat_template_renders_the_folders_rows_as_ours(source, tmp_path, tiny):
+    exported(source, "huggingface", tmp_path / "out")
+    data = load_dataset(str(tmp_path / "out"), cache_dir=str(tmp_path / "cache"), split="validation")
+    for row, chat in zip(data, Jsonl(source / "data/sft/val.jsonl"), strict=True):
+        theirs = tiny[1].apply_chat_template(row["messages"], tools=row["tools"], tokenize=False)
+        assert theirs == tiny[1].apply_chat_template(chat["messages"], tools=prompt.TOOLS, tokenize=False)
+
+
+def test_llama_factory_finds_its_files_and_a_picture_for_each_mark(source, tmp_path):
+    exported(source, "llamafactory", tmp_path / "out")
+    described = json.loads((tmp_path / "out/dataset_info.json").read_text())
+    assert set(described) == {"crafter_train", "crafter_val"}
+    for split in ("train", "val"):
+        columns = described[f"crafter_{split}"]["columns"]
+        rows = list(Jsonl(tmp_path / "out" / described[f"crafter_{split}"]["file_name"]))
+        for row, chat in zip(rows, Jsonl(source / f"data/sft/{split}.jsonl"), strict=True):
+            human, answer = row[columns["messages"]]
+            assert human["from"] == "human" and human["value"].count("<image>") == len(row["images"]) == 1
+            assert (tmp_path / "out" / row["images"][0]).read_bytes() == png(chat)
+            assert row["system"] == chat["messages"][0]["content"]
+            assert json.loads(row["tools"]) == [prompt.TOOLS[0]["function"]]
+            call = {"name": "act", "arguments": {"actions": list(prompt.parse(chat["messages"][2]).actions)}}
+            if split == "train":
+                assert answer["from"] == "function_call" and json.loads(answer["value"]) == call
+            else:  # words and a call: as a model says them
+                assert answer["from"] == "gpt" and answer["value"].startswith(chat["messages"][2]["content"])
+                assert prompt.parse({"content": answer["value"]}) == prompt.parse(chat["messages"][2])
+
+
+def test_nothing_is_overwritten_and_nothing_half_done_is_left(source, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/mine").touch()
+    done = run(source, "export", "openai", "--out", str(tmp_path / "out"))
+    assert done.returncode == 2 and "give another --out" in done.stderr
+    done = run(tmp_path, "export", "openai")
+    assert done.returncode == 2 and "there is no data/sft/train.jsonl" in done.stderr
+    (tmp_path / "data/sft").mkdir(parents=True)
+    for split in ("train", "val"):
+        (tmp_path / f"data/sft/{split}.jsonl").write_text("{broken\n")
+    for form in ("openai", "llamafactory"):
+        done = run(tmp_path, "export", form)
+        assert done.returncode == 1 and "make them anew: dvc repro split" in done.stderr
+    assert not list((tmp_path / "exports").iterdir())
