@@ -33,6 +33,8 @@ MEASURED = {
     "profiles__tiny__rl__group_size": 4,
     "profiles__tiny__rl__max_steps": 150,
     "profiles__tiny__rl__decisions": 3072,
+    "profiles__tiny__rl__evaluation": {"seeds": "310000", "every": 5},
+    "profiles__qwen2b__rl__evaluation": {"seeds": "310000", "every": 20},
     "benchmark__seeds": "200000-200063",
     "benchmark__max_steps": 200,
 }

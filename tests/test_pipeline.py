@@ -180,12 +180,12 @@ def test_a_killed_collect_goes_on_where_it_was(tmp_path):
     assert (top / name).read_bytes() == (undisturbed / name).read_bytes()
 
 
-def _recorded(cache: Path) -> int:
+def _recorded(cache: Path, keys: str = "%") -> int:
     count = 0
     for file in cache.glob("episodes/*.sqlite"):
         try:
             with sqlite3.connect(f"file:{file}?mode=ro", uri=True) as db:
-                count += db.execute("SELECT count(*) FROM episodes").fetchone()[0]
+                count += db.execute("SELECT count(*) FROM episodes WHERE key LIKE ?", (keys,)).fetchone()[0]
         except sqlite3.OperationalError:
             pass  # just being made
     return count
@@ -198,13 +198,22 @@ def test_killed_training_ends_in_the_same_adapter(ran, tmp_path, name):
         shutil.copytree(ran / folder, top / folder)
     shutil.rmtree(top / "models" / name)
     process = started(top, cache, f"stages/{name}.py")
-    wait_for(lambda: list(cache.glob(f"{name}/*/checkpoint-*/trainer_state.json")), process)
+    well_begun = {
+        "sft": lambda: list(cache.glob("sft/*/checkpoint-*/trainer_state.json")),
+        "rl": lambda: _recorded(cache, "% train 1 %"),
+    }
+    wait_for(well_begun[name], process)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert not (top / "models" / name).exists()
     stage(top, cache, f"stages/{name}.py")
     weights = f"models/{name}/adapter_model.safetensors"
     assert (top / weights).read_bytes() == (ran / weights).read_bytes()
+    if name == "rl":  # the best may be the one that it began with
+        last = "rl/*/evaluated/3/adapter_model.safetensors"
+        killed, undisturbed = (next(folder.glob(last)) for folder in (cache, ran.parent / "cache"))
+        assert killed.read_bytes() == undisturbed.read_bytes()
+        assert (top / "data/rl/rollouts.parquet").read_bytes() == (ran / "data/rl/rollouts.parquet").read_bytes()
 
 
 def test_ctrl_c_exits_130_and_locks_nothing(tmp_path):

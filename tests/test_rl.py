@@ -150,26 +150,37 @@ def train(top: Path, models: Path, cores: int, changes: dict) -> subprocess.Comp
     )
 
 
-def last_adapter(top: Path) -> dict[str, torch.Tensor]:
+def run_and_last_adapter(top: Path, models: Path, cores: int, changes: dict) -> dict[str, torch.Tensor]:
+    done = train(top, models, cores, changes)
+    assert done.returncode == 0, done.stderr[-3000:]
     (checkpoint,) = top.glob("cache/rl/*/checkpoint-4")
     return load_file(checkpoint / "adapter_model.safetensors")
 
 
-@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core is one rank")
+TWO_CORES = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core is one rank")
+
+
+@TWO_CORES
 def test_two_ranks_make_the_update_of_one(adapted, tmp_path):
-    for cores in (1, 2):
-        done = train(tmp_path / str(cores), adapted, cores, {})
-        assert done.returncode == 0, done.stderr[-3000:]
-    one, two = (last_adapter(tmp_path / str(cores)) for cores in (1, 2))
+    one, two = (run_and_last_adapter(tmp_path / str(cores), adapted, cores, {}) for cores in (1, 2))
     start = load_file(adapted / "sft" / "adapter_model.safetensors")
     assert max((one[name] - start[name]).abs().max() for name in one) > 1e-4  # something was learnt
     for name in one:
         torch.testing.assert_close(two[name], one[name], atol=2e-5, rtol=0)
-    first, second = (tmp_path / name / "data/rl/rollouts.parquet" for name in ("1", "2"))
+    first_iteration = [("iteration", "==", 0)]
     one, two = (
-        pq.read_table(file).filter(pq.read_table(file)["iteration"].to_numpy() == 0) for file in (first, second)
+        pq.read_table(tmp_path / name / "data/rl/rollouts.parquet", filters=first_iteration) for name in ("1", "2")
     )
     assert one.equals(two)
+
+
+@pytest.mark.deepspeed
+@TWO_CORES
+def test_two_ranks_of_zero_make_the_update_of_one_process_without(adapted, tmp_path):
+    one = run_and_last_adapter(tmp_path / "1", adapted, 1, {})
+    two = run_and_last_adapter(tmp_path / "2", adapted, 2, {"profiles.tiny.rl.zero": {"stage": 2}})
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], atol=2e-5, rtol=0)
 
 
 def test_a_run_that_leaves_its_bounds_stops_and_gives_the_best_adapter(adapted, tmp_path):

@@ -169,7 +169,8 @@ def _student(settings: Params, read: int) -> list[Line]:
         return Line(stage, decisions, tokens, _hours(seconds), gpus, spent, spent * hour["usd"], how, sources)
 
     rows = round(read * kept["share"] * (1 - settings.split.val_fraction))
-    episodes = rl.iterations * rl.groups * rl.group_size
+    evaluations = -(-rl.iterations // rl.evaluation.every) + 1
+    episodes = rl.iterations * rl.groups * rl.group_size + evaluations * len(rl.evaluation.seeds)
     students = len(benchmark.students)
     lines = [
         line("sft", 0, round(rows * sft.epochs), f"{rows:,} rows ({kept['share']:.1%} kept) × {sft.epochs:g} epochs"),

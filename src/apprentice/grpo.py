@@ -90,7 +90,7 @@ class Trainer(GRPOTrainer):
         episodes = self._play("train", iteration, seeds)
         seconds = perf_counter() - began
         scores = self._scores(episodes)
-        self._record(episodes, scores, seconds)
+        invalid_rate = self._record(episodes, seconds)["invalid_rate"]
         critic = self._critic_of(iteration)
         found = advantages(episodes, self.rl, scores, critic)
         if self.is_world_process_zero():
@@ -100,8 +100,9 @@ class Trainer(GRPOTrainer):
                 iteration,
             )
             if critic.sums is not None:
-                _save(self.folder / "critics" / f"{iteration}.npy", lambda path: np.save(path.open("wb"), critic.sums))
-        invalid_rate = self._metrics["train"]["invalid_rate"][-1]
+                kept = self.folder / "critics"
+                _save(kept / f"{iteration}.npy", lambda path: np.save(path, critic.sums))
+                (kept / f"{iteration - 3}.npy").unlink(missing_ok=True)  # two checkpoints are kept
         if invalid_rate > self.rl.max_invalid_rate:
             self.log({})  # what was seen of this iteration
         self._stop_if(invalid_rate, self.rl.max_invalid_rate, "the share of invalid replies")
@@ -111,7 +112,6 @@ class Trainer(GRPOTrainer):
             for episode, values in zip(episodes, found, strict=True)
             for step, advantage in zip(episode.steps, values, strict=True)
         ]
-        torch.manual_seed(int(generator.integers(2**62)))  # for dropout: a resumed run has drawn other numbers by now
         return self._batches(decisions, generator)
 
     def _stop_if(self, value: float | None, bound: float, what: str) -> None:
@@ -323,8 +323,8 @@ class Trainer(GRPOTrainer):
             self._metrics["train"]["sampler_mismatch"].append(self.accelerator.gather(off).mean().item())
         return loss
 
-    def _record(self, episodes: list[Episode], scores: list[float], seconds: float) -> None:
-        """What an iteration's play was like, for the log of the trainer."""
+    def _record(self, episodes: list[Episode], seconds: float) -> dict[str, float]:
+        """What an iteration's play was like, for the log of the trainer too."""
         steps = [step for episode in episodes for step in episode.steps]
         asked = Counter(action for step in steps for action in step.asked)
         values = {
@@ -338,6 +338,7 @@ class Trainer(GRPOTrainer):
         values |= {f"action/{name}": asked[name] / max(1, asked.total()) for name in ACTIONS}
         for name, value in values.items():
             self._metrics["train"][name].append(float(value))
+        return values
 
 
 def evaluations(folder: Path) -> list[dict]:
