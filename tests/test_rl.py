@@ -174,15 +174,6 @@ def test_two_ranks_make_the_update_of_one(adapted, tmp_path):
     assert one.equals(two)
 
 
-@pytest.mark.deepspeed
-@TWO_CORES
-def test_two_ranks_of_zero_make_the_update_of_one_process_without(adapted, tmp_path):
-    one = run_and_last_adapter(tmp_path / "1", adapted, 1, {})
-    two = run_and_last_adapter(tmp_path / "2", adapted, 2, {"profiles.tiny.rl.zero": {"stage": 2}})
-    for name in one:
-        torch.testing.assert_close(two[name], one[name], atol=2e-5, rtol=0)
-
-
 def test_a_run_that_leaves_its_bounds_stops_and_gives_the_best_adapter(adapted, tmp_path):
     done = train(tmp_path / "top", adapted, 1, {"profiles.tiny.rl.max_invalid_rate": 0.0})
     assert done.returncode == 0, done.stderr[-3000:]
