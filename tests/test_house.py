@@ -45,6 +45,10 @@ def test_a_stage_depends_on_every_file_that_it_imports(name):
     assert code == {FILES[name]} | closure(ROOT / FILES[name])
 
 
+def test_the_report_depends_on_what_it_is_drawn_with():
+    assert {f"src/apprentice/report.{kind}" for kind in ("css", "html", "js")} <= set(STAGES["report"]["deps"])
+
+
 def test_no_stage_has_a_time_that_another_depends_on():
     """Times differ from run to run: only the report shows them."""
     for name, stage in STAGES.items():
@@ -103,14 +107,16 @@ STUDENTS = {"benchmark_student@base", "benchmark_student@sft", "benchmark_studen
 def after(*changed: str) -> set[str]:
     """These stages and all that depend on them."""
     next_ones = {
-        "collect@expert": {"filter"}, "import@others": {"filter"}, "filter": {"split", "score"}, "split": {"sft"},
-        "student": {"sft", *STUDENTS}, "sft": {"rl", "benchmark_student@sft", "score"},
-        "rl": {"benchmark_student@rl", "score"}, **{name: {"score"} for name in (*AGENTS, *STUDENTS)},
+        "collect@expert": {"filter"}, "import@others": {"filter"}, "filter": {"split", "score"},
+        "split": {"sft", "agreement"},
+        "student": {"sft", "agreement", *STUDENTS}, "sft": {"rl", "agreement", "benchmark_student@sft", "score"},
+        "agreement": {"score"},
+        "rl": {"benchmark_student@rl", "score", "report"}, **{name: {"score"} for name in (*AGENTS, *STUDENTS)},
     }  # fmt: skip
     found = set(changed)
     for _ in next_ones:
         found = found.union(*(next_ones.get(name, ()) for name in found))
-    return found
+    return found | {"report"} if found else found
 
 
 @pytest.mark.parametrize(
@@ -119,9 +125,9 @@ def after(*changed: str) -> set[str]:
         ("teachers.expert.explore", 0.3, {"collect@expert", "filter"}),
         ("filter.min_steps_per_episode", 7, {"filter"}),
         ("split.random_seed", 43, {"split"}),
-        ("profiles.tiny.dtype", "bfloat16", {"sft", *STUDENTS}),
+        ("profiles.tiny.dtype", "bfloat16", {"sft", "agreement", *STUDENTS}),
         ("profiles.tiny.prompt.history", 3, {"split", "student"}),
-        ("profiles.tiny.sampling.temperature", 0.9, {"rl", *STUDENTS}),
+        ("profiles.tiny.sampling.temperature", 0.9, {"rl", "agreement", *STUDENTS}),
         ("profiles.tiny.student.random_seed", 1, {"student"}),
         ("profiles.tiny.sft.learning_rate", 1e-3, {"sft"}),
         ("profiles.tiny.rl.learning_rate", 1e-4, {"rl"}),
@@ -186,10 +192,10 @@ def test_another_agent_of_the_benchmark_plays_alone(repository):
     tree["benchmark"]["agents"]["monkey"] = {"policy": "random"}
     with file.open("w") as out:
         yaml.dump(tree, out)
-    assert rerun(repository) == {"benchmark@monkey", "score"}
+    assert rerun(repository) == {"benchmark@monkey", "score", "report"}
 
 
 def test_other_weights_make_nobody_play_but_the_student_that_has_them(repository):
     (repository / "models/rl").write_text("changed")
     subprocess.run([*DVC, "commit", "--force", "rl"], cwd=repository, check=True, capture_output=True)
-    assert rerun(repository) == {"benchmark_student@rl", "score"}
+    assert rerun(repository) == {"benchmark_student@rl", "score", "report"}

@@ -121,6 +121,34 @@ def test_the_benchmark_says_how_every_agent_plays(ran):
     assert "rl - sft" in json.loads((ran / "metrics/differences.json").read_text())
 
 
+def test_a_table_and_a_page_show_it(ran):
+    row = json.loads((ran / "metrics/differences.json").read_text())["rl - sft"]
+    assert row["pairs"] == 4 and row["p"] <= row["p_holm"] <= 1
+    assert any(
+        "too few" in warning for warning in json.loads((ran / "metrics/statistics.json").read_text())["warnings"]
+    )
+    summary = json.loads((ran / "metrics/summary.json").read_text())
+    assert list(summary["achievement_rate"]) == ["random", "noop", "expert", "base", "sft", "rl"]
+    page = (ran / "metrics/report.html").read_bytes()
+    assert 100_000 < len(page) < 10_000_000
+
+
+def test_the_report_is_a_function_of_its_deps(ran):
+    before = (ran / "metrics/report.html").read_bytes()
+    stage(ran, ran.parent / "other-cache", "stages/report.py")
+    assert (ran / "metrics/report.html").read_bytes() == before
+
+
+def test_dvc_shows_few_columns_and_draws_its_plots(ran):
+    metrics = json.loads(stage(ran, ran.parent / "cache", "-m", "dvc", "metrics", "show", "--json"))
+    assert list(metrics[""]["data"]) == ["metrics/summary.json"]
+    stage(ran, ran.parent / "cache", "-m", "dvc", "plots", "show", "--out", "plots")
+    page = (ran / "plots/index.html").read_text()
+    for title in ("SFT loss", "RL reward", "Success by achievement", "Achievement rate", "Student against teacher"):
+        assert title in page, title
+    assert "DVC_METRIC" not in page
+
+
 def test_rows_are_openai_chats_split_by_seed(ran):
     sides = [[json.loads(line) for line in (ran / f"data/sft/{side}.jsonl").open()] for side in ("train", "val")]
     for row in [*sides[0], *sides[1]]:

@@ -26,19 +26,21 @@ def write_metrics(name: str, values: dict) -> None:
     path.write_text(json.dumps(values, indent=2) + "\n")
 
 
-def run(main: Callable[..., None]) -> None:
+def run(main: Callable[..., None], timed: bool = True) -> None:
     """Run a stage's main() as a command line; errors of ours are one message, others a traceback.
 
-    How long it took goes to metrics/times/<stage>.json (of a foreach stage <stage>-<key>), an out of each stage: it
-    differs from run to run, so nothing but the report may depend on it.
+    timed: how long it took goes to metrics/times/<stage>.json (of a foreach stage <stage>-<key>), an out of each stage
+    but the report. It differs from run to run, so nothing but the report may depend on it.
     """
     application = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
     @application.command()
     @functools.wraps(main)
-    def timed(**arguments) -> None:
+    def stage(**arguments) -> None:
         began = time.monotonic()
         main(**arguments)
+        if not timed:
+            return
         name = "-".join([Path(sys.argv[0]).stem, *(str(value) for value in arguments.values() if value)])
         write_metrics(f"times/{name}", {"seconds": round(time.monotonic() - began, 1), "cores": cores()})
 

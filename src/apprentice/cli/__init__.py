@@ -5,7 +5,7 @@ A command imports what is heavy when it runs: `apprentice --help` and completion
 
 import typer
 
-from apprentice.cli import estimate, export, imports, play, serve, traces
+from apprentice.cli import estimate, export, imports, play, report, serve, traces
 from apprentice.command import guarded
 
 application = typer.Typer(
@@ -17,6 +17,7 @@ application = typer.Typer(
 _SEE, _DATA, _RUN = "See", "Data", "Run the pipeline"
 application.command("play", rich_help_panel=_SEE)(play.play)
 application.add_typer(traces.application, name="traces", rich_help_panel=_SEE)
+application.command("report", rich_help_panel=_SEE)(report.report)
 application.command("import", rich_help_panel=_DATA)(imports.add_imports)
 application.command("export", rich_help_panel=_DATA)(export.export)
 application.command("serve", rich_help_panel=_RUN)(serve.serve)

@@ -1,0 +1,45 @@
+"""`apprentice report`: the page with results and replays, of other worlds than the pipeline chose."""
+
+import webbrowser
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from apprentice import params
+from apprentice.command import WorkError
+from apprentice.params import ConfigError
+
+
+def report(
+    worlds: Annotated[str, typer.Option(help='Seeds of the benchmark to replay: "200003,200040-200042".')] = "",
+    out: Annotated[Path, typer.Option(help="The file to write.")] = Path("report.html"),
+    show: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
+) -> None:
+    """Results, training and replays as one page that needs no network.
+
+    `dvc repro` writes metrics/report.html; this is for other worlds to replay.
+
+    Example: apprentice report --worlds 200003,200040 --open
+    """
+    settings = params.load()
+    try:
+        seeds = params.seeds(worlds) if worlds else ()
+    except ValueError as error:
+        raise ConfigError(f"--worlds: {error}") from None
+    if others := sorted(set(seeds) - set(settings.benchmark.seeds)):
+        raise ConfigError(f"--worlds: nobody has played {others[0]}; choose from benchmark.seeds in params.yaml")
+
+    from apprentice import report as drawn
+
+    try:
+        data = drawn.gather(settings, seeds)
+    except FileNotFoundError as error:
+        raise WorkError(f"there is no {error.filename} yet: run dvc repro first") from None
+    out.write_text(drawn.page(data))
+    shown = [world["seed"] for world in data["replays"]["worlds"]]
+    print(f"{out}: {out.stat().st_size / 1e6:.1f} MB, replays of the worlds {', '.join(map(str, shown))}")
+    if left_out := [seed for seed in seeds if seed not in shown]:
+        print(f"left out, for the page would be over 10 MB: {', '.join(map(str, left_out))}")
+    if show:
+        webbrowser.open(out.resolve().as_uri())

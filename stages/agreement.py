@@ -1,0 +1,80 @@
+"""agreement: what the SFT student answers where the teacher's decision is known and held out; a confusion matrix.
+
+    dvc repro agreement        or: python stages/agreement.py
+
+metrics/plots/agreement.csv has a row for each decision of data/sft/val.jsonl (of 1,024 at most, evenly drawn): what the
+teacher did, and what the student answers at temperature 0; of several actions the first. A stage of its own, so that
+only another student or other data makes it run again.
+"""
+
+import csv
+from functools import lru_cache
+from pathlib import Path
+
+from apprentice import params
+from apprentice.command import run
+
+DATA, OUT, MOST = Path("data/sft/val.jsonl"), Path("metrics/plots/agreement.csv"), 1024
+
+
+def main() -> None:
+    """Ask the SFT student what the teacher was asked."""
+    profile = params.load().student
+
+    from apprentice.dataset import Jsonl
+    from apprentice.processes import cores, in_processes
+
+    count = len(Jsonl(DATA))
+    rows = list(range(0, count, -(-count // MOST)))
+    together = profile.sampling.batch_size
+    processes = min(cores(), -(-len(rows) // together))
+    shares = [rows[start::processes] for start in range(processes)]
+    calls = [
+        (share, profile.dtype, profile.sampling.max_tokens, together, max(1, cores() // processes)) for share in shares
+    ]
+    found = sorted(pair for pairs in in_processes(answers, calls) for pair in pairs)
+    OUT.parent.mkdir(parents=True, exist_ok=True)
+    with OUT.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["teacher", "student"])
+        writer.writerows(pair for _, *pair in found)
+    same = sum(teacher == student for _, teacher, student in found)
+    print(f"agreement: the SFT student answers {same} of {len(found)} held-out decisions as the teacher did")
+
+
+def answers(rows: list[int], dtype: str, max_tokens: int, together: int, threads: int) -> list[tuple[int, str, str]]:
+    """(row, the teacher's action, the student's) for these rows; the student's is "invalid" if it can't be read."""
+    import numpy as np
+
+    from apprentice import prompt
+    from apprentice.conversation import encode
+    from apprentice.dataset import Jsonl
+    from apprentice.local import generate
+
+    model, processor = loaded(dtype, threads)
+    data, found = Jsonl(DATA), []
+    for start in range(0, len(rows), together):
+        places = rows[start : start + together]
+        chats = [data[place]["messages"] for place in places]
+        shown = [encode(processor, chat[:-1]) for chat in chats]
+        replies = generate(model, processor, shown, np.zeros((len(shown), max_tokens)), temperature=0.0)
+        for place, chat, (ids, _) in zip(places, chats, replies, strict=True):
+            text = processor.tokenizer.decode([token for token in ids if token != processor.tokenizer.eos_token_id])
+            pair = (chat[-1], {"role": "assistant", "content": text})
+            found.append((place, *((*prompt.parse(message).actions, "invalid")[0] for message in pair)))
+    return found
+
+
+@lru_cache
+def loaded(dtype: str, threads: int):
+    import torch
+
+    from apprentice import student
+
+    torch.set_num_threads(threads)
+    model, processor = student.load("models/base", "models/sft", dtype)
+    return model.merge_and_unload().eval(), processor
+
+
+if __name__ == "__main__":
+    run(main)
