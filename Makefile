@@ -21,7 +21,7 @@ test-vllm: setup vllm ## the student on vLLM, for real, on the CPU
 	python -m pytest tests/on_vllm.py
 
 test-deepspeed: setup ## two ranks that divide the optimizer's state, on two CPU cores
-	python -m pytest tests/on_deepspeed.py
+	python -m pytest tests/on_deepspeed.py tests/split_training.py
 
 test-report: setup ## the report in a headless Chromium, from Debian's packages if there's none
 	command -v chromium > /dev/null || (apt-get update --quiet && apt-get install --quiet --yes --no-install-recommends \

@@ -111,6 +111,7 @@ def train(
         report_to="none",
     )
     trainer = Trainer(model, actor, processor, rl, profile.prompt, profile.sampling, arguments, judge)
+    trainer.add_callback(training.Whole())
     stopped = ""
     try:
         trainer.train(resume_from_checkpoint=training.last_checkpoint(checkpoints))

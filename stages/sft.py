@@ -56,9 +56,10 @@ def train(
     import numpy as np
     import torch
     from transformers import EarlyStoppingCallback
-    from trl import SFTConfig, SFTTrainer
+    from trl import SFTConfig
 
     from apprentice import dataset, distributed, student, training
+    from apprentice.sft import Trainer
 
     sft, readers = profile.sft, distributed.readers()
     arguments = SFTConfig(
@@ -105,7 +106,7 @@ def train(
             chosen = chosen[lengths.argsort(kind="stable")]  # like lengths together: little to pad
         data[name] = training.Rows(file, processor, survey.places, chosen)
     patience = sft.early_stopping_patience
-    trainer = SFTTrainer(
+    trainer = Trainer(
         model=model,
         args=arguments,
         train_dataset=data["train"].dataset,
@@ -113,16 +114,18 @@ def train(
         data_collator=data["train"].collate,
         processing_class=processor,
         peft_config=training.lora_config(sft.lora),
-        callbacks=[EarlyStoppingCallback(patience)] if patience else [],
+        callbacks=[training.Whole(), *([EarlyStoppingCallback(patience)] if patience else [])],
     )
     if sft.zero.stage < 3:  # there no rank has a whole weight to fold
         student.fold(trainer.model)
     trainer.train(resume_from_checkpoint=training.last_checkpoint(checkpoints))
+    # With stage 3 each rank has a part of the weights, and all bring them together.
+    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped) if sft.zero.stage == 3 else None
     if not trainer.is_world_process_zero():
         return
 
     shutil.rmtree(OUT, ignore_errors=True)
-    trainer.model.save_pretrained(OUT)
+    trainer.model.save_pretrained(OUT, state_dict=weights)
     processor.save_pretrained(OUT)
     history = trainer.state.log_history
     columns = {"loss": "loss", "mean_token_accuracy": "token_accuracy", "learning_rate": "learning_rate"}

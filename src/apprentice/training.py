@@ -13,7 +13,8 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from tqdm import tqdm
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from apprentice import student
 from apprentice.conversation import batch, encode, length
@@ -172,9 +173,24 @@ def relief(where: str, sft: Sft) -> str:
     return f"What helps, in this order, under {where}: {', '.join(step for helps, step in steps if helps)}"
 
 
+class Whole(TrainerCallback):
+    """Marks a checkpoint when every rank has written its part; one that a kill cut short has no mark."""
+
+    def on_save(self, args, state, control, **kwargs) -> None:
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()
+        if state.is_world_process_zero:
+            (Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}" / _WHOLE).touch()
+
+
+_WHOLE = "whole"
+
+
 def last_checkpoint(folder: Path) -> str | None:
-    """The newest complete checkpoint, None if there is none."""
-    return get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    """The newest whole checkpoint, None if there is none."""
+    marks = folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{_WHOLE}")
+    found = sorted((mark.parent for mark in marks), key=lambda checkpoint: int(checkpoint.name.rpartition("-")[2]))
+    return str(found[-1]) if found else None
 
 
 def write_curve(path: Path, history: list[dict], columns: dict[str, str]) -> None:

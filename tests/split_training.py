@@ -1,0 +1,117 @@
+"""SFT as the stage does it: the same losses however a batch is split, with DeepSpeed, and after a kill of all ranks.
+
+Run by `make test-deepspeed`: minutes of CPU, so not a part of `make test`.
+"""
+
+import csv
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from closure import ROOT
+from conftest import SHOWN
+
+from apprentice import distributed, params, training
+from apprentice.conversation import row
+from apprentice.dataset import write_jsonl
+from apprentice.play import play
+from apprentice.policy import Scripted
+
+sys.path.append(str(ROOT / "stages"))
+STEPS = 20
+KNOWN = {"train": "train", "val": "val"}
+
+
+@pytest.fixture(scope="module")
+def made(tiny_folder, tmp_path_factory) -> Path:
+    """What the stage reads: a base model, and rows whose answers have from 6 to dozens of tokens."""
+    top = tmp_path_factory.mktemp("made")
+    shutil.copytree(tiny_folder, top / "models/base")
+    episodes = play(Scripted("expert", rationale=True), [3, 4], 90, SHOWN)
+    for name, episode in zip(KNOWN, episodes, strict=True):
+        rows = [row(episode, step, SHOWN, rationale=step.step % 3 == 0) for step in episode.steps]
+        write_jsonl(top / f"data/sft/{name}.jsonl", rows[: 90 if name == "train" else 21])
+    return top
+
+
+def train(top: Path, ranks: int, at_once: int, accumulation: int, stage: int) -> None:
+    """A batch of 8 rows in each step, split like this; top: the folder to train in."""
+    os.chdir(top)
+    profile = params.load(ROOT / "params.yaml").profiles["tiny"]
+    changes = {"eval_steps": 5, "early_stopping_patience": None, "batch_size": 8, "micro_batch_size": at_once}
+    sft = profile.sft.model_copy(update=changes | {"zero": params.Zero(stage=stage)})
+    profile = profile.model_copy(update={"sft": sft})
+    import sft as stage_sft
+
+    for name, file in stage_sft.DATA.items():
+        training.survey(file, stage_sft.BASE, KNOWN[name])
+    arguments = profile, KNOWN, 0, top / "checkpoints", at_once, accumulation
+    distributed.launch(_rank, ranks, *arguments, group=stage > 0)
+
+
+def _rank(*arguments) -> None:
+    import sft as stage_sft
+    import trl
+
+    configured = trl.SFTConfig
+    trl.SFTConfig = lambda **settings: configured(**settings | {"logging_steps": 1, "max_steps": STEPS})
+    stage_sft.train(*arguments)
+
+
+def curve(top: Path, name: str) -> np.ndarray:
+    with (top / f"metrics/plots/sft_{name}.csv").open() as file:
+        return np.array([float(entry["loss"]) for entry in csv.DictReader(file)])
+
+
+@pytest.fixture
+def trained(made, tmp_path, monkeypatch):
+    def trained(name: str, *split) -> Path:
+        monkeypatch.chdir(tmp_path)
+        shutil.copytree(made, tmp_path / name)
+        train(tmp_path / name, *split)
+        return tmp_path / name
+
+    return trained
+
+
+def test_a_batch_has_the_same_loss_however_it_is_split(trained):
+    whole = trained("whole", 1, 8, 1, 0)
+    others = {
+        "two ranks, ZeRO-2": trained("zero2", 2, 4, 1, 2),
+        "two ranks, ZeRO-3": trained("zero3", 2, 2, 2, 3),
+        "two ranks": trained("ranks", 2, 4, 1, 0),
+        "four parts": trained("parts", 1, 2, 4, 0),
+    }
+    assert len(curve(whole, "train")) == STEPS and len(curve(whole, "val")) == STEPS // 5
+    assert curve(whole, "train")[-5:].mean() < curve(whole, "train")[:5].mean()
+    for how, other in others.items():
+        for name in ("train", "val"):
+            assert np.abs(curve(other, name) - curve(whole, name)).max() < 1e-4, (how, name)
+    for name in ("zero2", "zero3"):
+        shards = {file.name for file in (whole.parent / name).glob("checkpoints/checkpoint-20/global_step20/*")}
+        assert sum("optim_states" in shard for shard in shards) == 2, "not divided among the ranks"
+
+
+def test_a_kill_of_all_ranks_leaves_no_trace(trained, made, tmp_path):
+    undisturbed = trained("undisturbed", 2, 4, 1, 2)
+    killed = tmp_path / "killed"
+    shutil.copytree(made, killed)
+    code = "import sys, pathlib, split_training as t; t.train(pathlib.Path(sys.argv[1]), 2, 4, 1, 2)"
+    process = subprocess.Popen([sys.executable, "-c", code, killed], cwd=ROOT / "tests", start_new_session=True)
+    end = time.monotonic() + 600
+    while not list(killed.glob("checkpoints/checkpoint-10/whole")):
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (killed / "models/sft").exists()
+    train(killed, 2, 4, 1, 2)
+    assert np.array_equal(curve(killed, "train"), curve(undisturbed, "train"))
+    weights = "models/sft/adapter_model.safetensors"
+    assert (killed / weights).read_bytes() == (undisturbed / weights).read_bytes()
