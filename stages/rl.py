@@ -15,7 +15,7 @@ from pathlib import Path
 from apprentice import params
 from apprentice.command import run, write_metrics
 
-OUT = Path("models/rl")
+SFT, OUT = Path("models/sft"), Path("models/rl")
 ROLLOUTS = Path("data/rl/rollouts.parquet")
 PLOTS = Path("metrics/plots")
 
@@ -38,7 +38,7 @@ def main() -> None:
     if rl.reward.judge:
         shaping["judge"] = judge.model_dump(mode="json", include={"outcome", "events"})
         shaping["judge"]["endpoint"] = judge.endpoint.asked
-    shaping["inputs"] = [digest(Path(folder)) for folder in ("models/base", "models/sft")]
+    shaping["inputs"] = [digest(Path(folder)) for folder in ("models/base", SFT)]
     serving = compute.load().serve
     plan = serve.plan(serving, serve.gpus(), training=True)
     if plan.training is not None:
@@ -47,7 +47,7 @@ def main() -> None:
     if rl.zero.stage:
         shaping["ranks"] = ranks  # each has its part of a checkpoint
     checkpoints = cache() / "rl" / fingerprint(**shaping, dtype=profile.dtype, code=code(__file__))
-    with serve.Servers(plan, serving, Path("models/base"), profile.dtype, [Path("models/sft")]) as students:
+    with serve.Servers(plan, serving, Path("models/base"), profile.dtype, [SFT]) as students:
         work = (train, ranks, profile, judge, checkpoints, rows, accumulation, students.servers, plan.sleeps)
         distributed.launch(*work, group=rl.zero.stage > 0)
 
@@ -70,7 +70,7 @@ def train(
     from apprentice.grpo import Stopped, Trainer
 
     rl = profile.rl
-    model, processor = student.load("models/base", "models/sft", profile.dtype, trainable=True)
+    model, processor = student.load("models/base", SFT, profile.dtype, trainable=True)
     if servers:
         actor = OnVllm(servers, processor, checkpoints / "policies", sleeping)
     else:
@@ -120,21 +120,21 @@ def train(
         stopped = str(reason)
     actor.close()
     if trainer.is_world_process_zero():
-        write(trainer.history, processor, rl, checkpoints, stopped)
+        write(trainer.history, processor, profile, checkpoints, stopped)
 
 
-def write(history: list[dict], processor, rl: params.Rl, checkpoints: Path, stopped: str) -> None:
+def write(history: list[dict], processor, profile: params.Profile, checkpoints: Path, stopped: str) -> None:
     """The best adapter, some rollouts, metrics and plots."""
-    from apprentice import rollouts, training
+    from apprentice import adapter, rollouts, training
     from apprentice.grpo import evaluations
 
+    rl = profile.rl
     held_out = evaluations(checkpoints)
     best = max(held_out, key=lambda evaluation: evaluation["achievements"])
     shutil.rmtree(OUT, ignore_errors=True)
     shutil.copytree(
         checkpoints / "evaluated" / str(best["iteration"]), OUT, ignore=shutil.ignore_patterns("evaluation.json")
     )
-    processor.save_pretrained(OUT)
     rollouts.join(sorted(checkpoints.glob("rollouts/*.parquet")), ROLLOUTS)
 
     columns = {name: name for name in ("reward", "achievements", "length", "invalid_rate", "steps_per_second")}
@@ -161,6 +161,16 @@ def write(history: list[dict], processor, rl: params.Rl, checkpoints: Path, stop
     for when, row in rows.items():
         metrics |= {f"{when}_{name}": row[name] for name in ("reward", "achievements")}
     write_metrics("rl", metrics)
+    shaping = {"prompt": profile.prompt, "sampling": profile.sampling, "rl": rl}
+    seeds = {"seeds": True, "evaluation": {"seeds"}}  # hundreds
+    shaping = {name: section.model_dump(mode="json", exclude=seeds) for name, section in shaping.items()}
+    sections = {
+        "Data": f"{adapter.section(SFT, 'Data')}\n\nThen {best['iteration']} iterations on its own play, "
+        f"{rl.groups * rl.group_size} episodes each, of worlds from {rl.seeds[0]} on.",
+        "Metrics": adapter.table(("metric", "value"), metrics.items()),
+        "Settings": adapter.settings({"dtype": profile.dtype, **shaping}),
+    }
+    adapter.complete(OUT, processor, profile.student, sections)
     if stopped:
         print(f"rl: STOPPED EARLY: {stopped}; models/rl is the best adapter until then")
     print(

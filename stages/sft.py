@@ -58,7 +58,7 @@ def train(
     from transformers import EarlyStoppingCallback
     from trl import SFTConfig
 
-    from apprentice import dataset, distributed, student, training
+    from apprentice import adapter, dataset, distributed, student, training
     from apprentice.sft import Trainer
 
     sft, readers = profile.sft, distributed.readers()
@@ -126,7 +126,6 @@ def train(
 
     shutil.rmtree(OUT, ignore_errors=True)
     trainer.model.save_pretrained(OUT, state_dict=weights)
-    processor.save_pretrained(OUT)
     history = trainer.state.log_history
     columns = {"loss": "loss", "mean_token_accuracy": "token_accuracy", "learning_rate": "learning_rate"}
     training.write_curve(Path("metrics/plots/sft_train.csv"), history, columns)
@@ -141,6 +140,14 @@ def train(
         "rows_too_long": left_out,
     }
     write_metrics("sft", metrics)
+    taught = adapter.teachers(training.survey(DATA["train"], BASE, known["train"]).teachers)
+    validated = adapter.teachers(training.survey(DATA["val"], BASE, known["val"]).teachers)
+    sections = {
+        "Data": f"Trained on decisions of\n\n{taught}\n\nand validated, on other worlds, on\n\n{validated}",
+        "Metrics": adapter.table(("metric", "value"), metrics.items()),
+        "Settings": adapter.settings({"dtype": profile.dtype, "sft": sft.model_dump(mode="json")}),
+    }
+    adapter.complete(OUT, processor, profile.student, sections)
     print(
         f"sft: validation loss {best['eval_loss']:.3f} at step {best['step']} of {trainer.state.global_step}; "
         f"{left_out} rows were too long and left out"

@@ -172,6 +172,8 @@ def load(
     model = AutoModelForImageTextToText.from_pretrained(folder, **how)
     if adapter:
         model = fold(PeftModel.from_pretrained(model, adapter, is_trainable=trainable))
+        # The adapter may name a model of the hub; PEFT would ask there for its vocabulary whenever it saves.
+        model.peft_config["default"].base_model_name_or_path = str(folder)
     return model.eval(), processor(folder)
 
 

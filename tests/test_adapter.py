@@ -1,0 +1,169 @@
+"""An adapter's folder is what strangers can load, the same bytes each time; merged, it answers as it did."""
+
+import json
+
+import command_line
+import pytest
+import torch
+from conftest import SHOWN
+from huggingface_hub import ModelCard
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from apprentice import adapter, student
+from apprentice.command import WorkError
+from apprentice.conversation import batch, encode, row
+from apprentice.merge import merge
+from apprentice.params import Architecture, ConfigError, HubStudent, Pretraining, TinyStudent
+from apprentice.play import play
+from apprentice.policy import Scripted
+
+TINY = TinyStudent(model="tiny", pretraining=Pretraining(seeds="0", steps=1))
+HUB = HubStudent(model="Qwen/Qwen3-VL-2B-Instruct", revision="89644892e4d85e24eaac8bacfd4f463576704203")
+DATA = adapter.teachers([{"teacher": "expert", "model": "expert", "rows": 40, "episodes": 2}])
+SECTIONS = {
+    "Data": DATA,
+    "Metrics": adapter.table(("metric", "value"), {"val_loss": 0.123456, "steps": 7}.items()),
+    "Settings": adapter.settings({"dtype": "float32", "sft": {"learning_rate": 5e-5, "lora": {"rank": 4}}}),
+}
+
+
+def saved(base, folder, known_as):
+    torch.manual_seed(0)
+    model, processor = student.load(base)
+    lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+    get_peft_model(model, lora).save_pretrained(folder)
+    adapter.complete(folder, processor, known_as, SECTIONS)
+    return folder
+
+
+@pytest.fixture
+def top(tiny_folder, tmp_path, monkeypatch):
+    """The top of a checkout that has trained: models/base and models/sft."""
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models/base").symlink_to(tiny_folder)
+    monkeypatch.chdir(tmp_path)
+    saved("models/base", adapter.Path("models/sft"), TINY)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def inputs(tiny):
+    steps = play(Scripted("expert"), [3], 4, SHOWN)[0]
+    found = batch(tiny[1], [encode(tiny[1], row(steps, step, SHOWN)["messages"]) for step in steps.steps])
+    del found["labels"]
+    return found
+
+
+@torch.no_grad()
+def logits(model, inputs):
+    return model.eval()(**inputs).logits
+
+
+def test_a_stranger_loads_it_by_what_it_names(top, inputs):
+    named = json.loads((top / "models/sft/adapter_config.json").read_text())["base_model_name_or_path"]
+    base = AutoModelForImageTextToText.from_pretrained(named)
+    alone = logits(base, inputs)
+    assert (logits(PeftModel.from_pretrained(base, "models/sft"), inputs) - alone).abs().max() > 0.1
+    assert AutoProcessor.from_pretrained("models/sft").chat_template == student.TEMPLATE
+
+
+def test_the_same_training_gives_the_same_bytes(top):
+    folder = top / "models/sft"
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    file = folder / "adapter_config.json"
+    config = json.loads(file.read_text())
+    config["target_modules"] = config["target_modules"][::-1]  # PEFT writes a set
+    file.write_text(json.dumps(config))
+    adapter.complete(folder, student.processor("models/base"), TINY, SECTIONS)
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+    assert not any(str(top).encode() in content for content in before.values())
+
+
+def test_the_card_says_what_it_is_made_of(top):
+    card = ModelCard.load("models/sft/README.md", ignore_metadata_errors=False)
+    assert card.data.base_model == "models/base" and card.data.library_name == "peft"
+    assert {"lora", "crafter"} <= set(card.data.tags) and card.data.pipeline_tag == "image-text-to-text"
+    for part in (
+        DATA,
+        "| val_loss | 0.1235 |",
+        "learning_rate: 5e-05",
+        "--max-lora-rank 8",
+        "apprentice merge models/sft",
+    ):
+        assert part in card.content, part
+    assert adapter.section(top / "models/sft", "Data") == DATA
+    assert adapter.section(top / "models/base", "Data") == ""
+
+
+def test_an_adapter_of_a_hubs_model_names_it_and_its_revision(top):
+    folder = saved("models/base", top / "models/hub", HUB)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == (HUB.model, HUB.revision)
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.base_model == HUB.model
+    assert f"vllm serve {HUB.model} --revision {HUB.revision}" in card.content
+
+
+def test_an_adapter_of_a_hubs_model_is_trained_on_and_saved_without_the_hub(top, monkeypatch):
+    monkeypatch.setattr("peft.utils.save_and_load.check_file_exists_on_hf_hub", None)
+    model, _ = student.load("models/base", saved("models/base", top / "models/hub", HUB), trainable=True)
+    model.save_pretrained(top / "models/next")
+
+
+def test_merged_it_answers_as_base_and_adapter_do(top, inputs):
+    merge(adapter.Path("models/sft"), top / "out/merged")
+    merged = AutoModelForImageTextToText.from_pretrained("out/merged")
+    base = AutoModelForImageTextToText.from_pretrained("models/base")
+    assert type(merged).__name__ == "Qwen3VLForConditionalGeneration"
+    alone = logits(base, inputs)
+    both = logits(PeftModel.from_pretrained(base, "models/sft"), inputs)
+    torch.testing.assert_close(logits(merged, inputs), both, atol=1e-3, rtol=1e-3)
+    assert (alone - both).abs().max() > 0.1
+    assert AutoProcessor.from_pretrained("out/merged").chat_template == student.TEMPLATE
+    card = ModelCard.load("out/merged/README.md")
+    assert card.data.base_model_relation == "finetune" and DATA in card.content
+    assert sorted(file.name for file in (top / "out").iterdir()) == ["merged"]
+
+
+def test_merged_weights_have_the_names_and_the_precision_of_the_base(top):
+    from safetensors import safe_open
+
+    AutoModelForImageTextToText.from_pretrained("models/base", dtype=torch.bfloat16).save_pretrained("models/bf16")
+    merge(adapter.Path("models/sft"), top / "merged", base="models/bf16")
+    with safe_open("models/bf16/model.safetensors", "pt") as one, safe_open("merged/model.safetensors", "pt") as other:
+        assert set(one.keys()) == set(other.keys())
+        assert {other.get_tensor(name).dtype for name in other.keys()} == {torch.bfloat16}  # noqa: SIM118
+
+
+def test_nothing_is_overwritten_and_nothing_begun_that_cannot_end(top):
+    with pytest.raises(ConfigError, match="is no adapter"):
+        merge(adapter.Path("models/none"), top / "out")
+    (top / "out").mkdir()
+    (top / "out/mine").touch()
+    with pytest.raises(ConfigError, match="nothing is overwritten"):
+        merge(adapter.Path("models/sft"), top / "out")
+    assert [file.name for file in (top / "out").iterdir()] == ["mine"]
+
+
+def test_an_adapter_of_another_base_is_refused(top, tiny):
+    other, processor = student.build(Architecture(hidden_size=64), tiny[1].tokenizer, 0)
+    for part in (other, processor):
+        part.save_pretrained("models/other")
+    with pytest.raises(WorkError, match=r"don't fit: .*size mismatch.*--base"):
+        merge(adapter.Path("models/sft"), top / "out", base="models/other")
+    assert not (top / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["models/none", "out"], 2, "models/none is no adapter"),
+        (["out"], 2, "models/rl is no adapter"),
+        (["models/sft", "models/sft"], 2, "nothing is overwritten"),
+        (["a", "b", "c"], 2, "nothing more"),
+    ],
+)
+def test_the_command_says_in_one_line_what_is_wrong(top, arguments, code, says):
+    done = command_line.run(top, "merge", *arguments)
+    assert done.returncode == code and says in done.stderr and done.stderr.count("\n") == 1
