@@ -8,7 +8,6 @@ only another student or other data makes it run again.
 """
 
 import csv
-from functools import lru_cache
 from pathlib import Path
 
 from apprentice import params
@@ -49,31 +48,21 @@ def answers(rows: list[int], dtype: str, max_tokens: int, together: int, threads
     from apprentice import prompt
     from apprentice.conversation import encode
     from apprentice.dataset import Jsonl
-    from apprentice.local import generate
+    from apprentice.local import generate, load
 
-    model, processor = loaded(dtype, threads)
+    student = load("sft", "models/sft", dtype, 0.0, max_tokens, threads)
+    processor = student.processor
     data, found = Jsonl(DATA), []
     for start in range(0, len(rows), together):
         places = rows[start : start + together]
         chats = [data[place]["messages"] for place in places]
         shown = [encode(processor, chat[:-1]) for chat in chats]
-        replies = generate(model, processor, shown, np.zeros((len(shown), max_tokens)), temperature=0.0)
-        for place, chat, (ids, _) in zip(places, chats, replies, strict=True):
+        replies = generate(student.model, processor, shown, np.zeros((len(shown), max_tokens)), temperature=0.0)
+        for place, chat, (ids, *_) in zip(places, chats, replies, strict=True):
             text = processor.tokenizer.decode([token for token in ids if token != processor.tokenizer.eos_token_id])
             pair = (chat[-1], {"role": "assistant", "content": text})
             found.append((place, *((*prompt.parse(message).actions, "invalid")[0] for message in pair)))
     return found
-
-
-@lru_cache
-def loaded(dtype: str, threads: int):
-    import torch
-
-    from apprentice import student
-
-    torch.set_num_threads(threads)
-    model, processor = student.load("models/base", "models/sft", dtype)
-    return model.merge_and_unload().eval(), processor
 
 
 if __name__ == "__main__":
