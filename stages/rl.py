@@ -142,6 +142,7 @@ def write(history: list[dict], processor, profile: params.Profile, checkpoints: 
         columns |= {"judge_score": "judge_score", "judge_missing": "judge_missing"}
     training.write_curve(PLOTS / "rl.csv", history, columns)
     columns = {"entropy": "entropy", "clip_ratio/region_mean": "clip_fraction", "sampler_mismatch": "sampler_mismatch"}
+    columns["staleness"] = "staleness"
     if rl.kl_coefficient:
         columns["kl"] = "kl"
     training.write_curve(PLOTS / "rl_training.csv", history, columns)

@@ -4,6 +4,7 @@ Run by `make test-vllm`, which installs vLLM; not part of `make test`.
 """
 
 import asyncio
+import csv
 import json
 import os
 import signal
@@ -113,7 +114,8 @@ def test_prompts_and_pixels_are_those_of_training(servers, processor, tmp_path):
         "decode_mm_kwargs_item(kwargs['image'][0]).items()} for kwargs in json.load(open(sys.argv[1]))], sys.argv[2])"
     )
     python = Path(serve._program(SETTINGS)).parent / "python"
-    subprocess.run([python, "-c", decode, tmp_path / "served.json", tmp_path / "pixels.pt"], check=True)
+    files = (tmp_path / "served.json", tmp_path / "pixels.pt")
+    subprocess.run([python, "-c", decode, *files], env=os.environ | serve._VARIABLES, check=True)
     for here, there in zip(encoded, torch.load(tmp_path / "pixels.pt"), strict=True):
         assert (here.pixel_values is None) == (there is None)
         if there:
@@ -211,7 +213,8 @@ def top(tiny_folder, adapter, tmp_path_factory) -> Path:
     """A checkout with models/base and models/sft, whose student plays on vLLM."""
     changes = SMALL | {
         "profiles.tiny.prompt.history": SHOWN.history,
-        "profiles.tiny.rl.iterations": 2,
+        "profiles.tiny.rl.iterations": 3,
+        "profiles.tiny.rl.staleness": 1,
         "profiles.tiny.rl.max_invalid_rate": 1.0,  # nobody has taught this one
         "benchmark.seeds": "200000-200001",
     }
@@ -252,11 +255,30 @@ def descendants(pid: int) -> list[str]:
 
 
 def test_rl_and_benchmark_play_on_a_server_that_runs_already(top, servers, tmp_path):
+    """RL plays an iteration ahead, while it trains: the servers do not sleep."""
     served_by(top, endpoints=[servers[0].url])
     said = stage(top, tmp_path / "cache", "stages/rl.py")
-    assert "2 iterations" in said and (top / "models/rl/adapter_model.safetensors").exists()
+    assert "3 iterations" in said and (top / "models/rl/adapter_model.safetensors").exists()
+    with (top / "metrics/plots/rl_training.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["staleness"]) for row in rows] == [0, 1, 1]
+    assert 0 < float(rows[0]["sampler_mismatch"]) < 1e-3
     said = stage(top, tmp_path / "cache", "stages/benchmark.py", "rl")
     assert "2 episodes" in said and (top / "data/benchmark/rl.parquet").exists()
+
+
+def test_an_iteration_played_ahead_is_continued_with_the_policy_that_began_it(top, tmp_path):
+    served_by(top, student="in_process")
+    weights, found = top / "models/rl/adapter_model.safetensors", []
+    for name, killed in (("undisturbed", False), ("killed", True)):
+        if killed:
+            process = started(top, tmp_path / name, "stages/rl.py")
+            wait_for(lambda: list(tmp_path.glob("killed/rl/*/checkpoint-4/trainer_state.json")), process)
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        stage(top, tmp_path / name, "stages/rl.py")
+        found.append(weights.read_bytes())
+    assert found[0] == found[1]
 
 
 def test_a_server_that_dies_in_the_middle_is_started_again_and_asked_again(servers, processor, adapter, capfd):

@@ -18,6 +18,11 @@ from apprentice.serve import Adapter, Server
 class Actor(Protocol):
     """Takes the trainer's weights and plays with them. Its replies carry a `local.Sample`, wherever they were drawn."""
 
+    exact: bool
+    """Its log-probabilities are the trainer's own, but for the rounding of float32."""
+    apart: bool
+    """It can play while the trainer works."""
+
     def update(self, model, version: int) -> None:
         """Play with this PEFT model's adapter from now on. Called in every rank; version: the iteration."""
 
@@ -37,9 +42,12 @@ class Actor(Protocol):
 class InProcess:
     """A plain model in the trainer's process, beside the one that is trained."""
 
+    apart = False
+
     def __init__(self, model, processor):
         """model: the base model once more."""
         self.model, self.processor = model, processor
+        self.exact = model.dtype == torch.float32
 
     @torch.no_grad()
     def update(self, model, version: int) -> None:
@@ -65,10 +73,13 @@ class InProcess:
 class OnVllm:
     """vLLM servers, which all ranks use. An update is an adapter in a folder of its own, under a name of its own."""
 
+    exact = False
+
     def __init__(self, servers: Sequence[Server], processor, folder: Path, sleeps: bool = False):
         """folder: for the adapters; the servers have to be able to read it. sleeps: servers and trainer share GPUs."""
         self.servers, self.processor, self.folder, self.sleeps = servers, processor, folder, sleeps
         self._adapter: Adapter | None = None
+        self.apart = not sleeps
         self._state = PartialState()
         self._asleep = False
 

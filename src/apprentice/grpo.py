@@ -4,8 +4,10 @@ import hashlib
 import json
 import shutil
 import sys
+import threading
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
@@ -14,7 +16,8 @@ import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
-from peft import get_peft_model_state_dict
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import use_adapter
 
@@ -61,6 +64,7 @@ class Trainer(GRPOTrainer):
         self._judge_has_answered = False
         self.folder = Path(args.output_dir)
         self._critic: Critic | None = None
+        self._ahead: Callable[[], list[Episode]] | None = None
         # TRL walks through a data set of prompts; ours come from the world, so its rows only count.
         rows = Dataset.from_dict({"prompt": ["play"] * args.generation_batch_size})
         super().__init__(model, _no_reward, args=args, train_dataset=rows, processing_class=processor)
@@ -80,14 +84,16 @@ class Trainer(GRPOTrainer):
     def _iterate(self) -> list[dict]:
         """Play, and make batches of what was played. Raises Stopped if a bound has been left."""
         iteration, size = self.iteration, self.rl.group_size
+        began = perf_counter()
+        episodes = self._played_ahead(iteration)
+        waited = perf_counter() - began
         if iteration % self.rl.evaluation.every == 0:
             self.evaluate_play(iteration)
         self._stop_if(self._last("kl"), self.rl.max_kl, "the KL divergence to the SFT policy")
-        began = perf_counter()
-        first = iteration * self.rl.groups
-        places = range(first, first + self.rl.groups)
-        seeds = [self.rl.seeds[place % len(self.rl.seeds)] for place in places for _ in range(size)]
-        episodes = self._play("train", iteration, seeds)
+        self._metrics["train"]["staleness"].append(float(episodes is not None))
+        began = perf_counter() - waited
+        if episodes is None:
+            episodes = self._play("train", iteration, self._seeds(iteration))()
         seconds = perf_counter() - began
         scores = self._scores(episodes)
         invalid_rate = self._record(episodes, seconds)["invalid_rate"]
@@ -112,7 +118,43 @@ class Trainer(GRPOTrainer):
             for episode, values in zip(episodes, found, strict=True)
             for step, advantage in zip(episode.steps, values, strict=True)
         ]
-        return self._batches(decisions, generator)
+        batches = self._batches(decisions, generator)
+        if self.rl.staleness and iteration + 1 < self.rl.iterations:
+            self._play_ahead(iteration + 1)
+        return batches
+
+    def _seeds(self, iteration: int) -> list[int]:
+        first = iteration * self.rl.groups
+        places = range(first, first + self.rl.groups)
+        return [self.rl.seeds[place % len(self.rl.seeds)] for place in places for _ in range(self.rl.group_size)]
+
+    def _play_ahead(self, iteration: int) -> None:
+        """Begin the next iteration's play with the policy as it is, before this iteration has changed it."""
+        if self.is_world_process_zero():
+            model = self.accelerator.unwrap_model(self.model)
+            folder = self.folder / "ahead"
+            _save(folder / str(iteration), lambda path: model.save_pretrained(path, selected_adapters=["default"]))
+            for old in folder.iterdir():
+                if int(old.name) < iteration - 1:
+                    shutil.rmtree(old)
+        self._ahead = self._play("train", iteration, self._seeds(iteration), ahead=True)
+
+    def _played_ahead(self, iteration: int) -> list[Episode] | None:
+        """What was begun in the iteration before; after a kill it's continued with the policy that began it."""
+        begun, self._ahead = self._ahead, None
+        if begun:
+            return begun()
+        kept = self.folder / "ahead" / str(iteration) / "adapter_model.safetensors"
+        if not self.rl.staleness or not kept.exists():
+            return None
+        model = self.accelerator.unwrap_model(self.model)
+        now = {
+            name: weight.clone() for name, weight in get_peft_model_state_dict(model, adapter_name="default").items()
+        }
+        set_peft_model_state_dict(model, load_file(kept), adapter_name="default")
+        episodes = self._play("train", iteration, self._seeds(iteration))()
+        set_peft_model_state_dict(model, now, adapter_name="default")
+        return episodes
 
     def _stop_if(self, value: float | None, bound: float, what: str) -> None:
         if value is not None and value > bound:
@@ -126,11 +168,15 @@ class Trainer(GRPOTrainer):
     def _last(self, name: str) -> float | None:
         return self.history[-1].get(name) if self.history else None
 
-    def _play(self, purpose: str, iteration: int, seeds: list[int]) -> list[Episode]:
-        """Episodes on these seeds with the policy as it is now, played by all ranks or taken from the ledger."""
-        model, ranks = self.accelerator.unwrap_model(self.model), self.accelerator.num_processes
-        ours = purpose == "train"
-        name = f"{_digest(model)} {purpose} {iteration}"
+    def _play(self, purpose: str, iteration: int, seeds: list[int], ahead: bool = False) -> Callable[[], list[Episode]]:
+        """Play these seeds with the policy as it is now, in all ranks, or take the episodes from the ledger.
+
+        Returns a call that gives the episodes. ahead: it's played meanwhile, by an actor that can.
+        """
+        model, rank = self.accelerator.unwrap_model(self.model), self.accelerator.process_index
+        ours, weights, ledger_name = purpose == "train", _digest(model), f"rl-{self.folder.name}"
+        name = f"{weights} {purpose} {iteration}"
+        complete = self._with_hidden if self.rl.advantage == "critic" and ours else lambda episode: episode
 
         def policy(place: int):
             numbers = [self.rl.random_seed, 7, iteration, place, int(ours)]
@@ -138,29 +184,43 @@ class Trainer(GRPOTrainer):
             seed = int(np.random.default_rng(numbers).integers(2**62))
             return self.actor.policy(temperature, self.sampling.max_tokens, seed)
 
+        def share() -> dict[int, Episode]:
+            with Ledger(ledger_name) as ledger:
+                return rollouts.play_share(
+                    policy,
+                    seeds,
+                    self.rl.max_steps,
+                    self.shown_with,
+                    ledger,
+                    name,
+                    self.sampling.batch_size,
+                    rank,
+                    self.accelerator.num_processes,
+                    complete,
+                )
+
         self.actor.wake()
         self.actor.update(model, iteration)
-        with Ledger(f"rl-{self.folder.name}") as ledger:
-            if self.is_world_process_zero():
-                ledger.forget(_digest(model))
+        if self.is_world_process_zero():
+            with Ledger(ledger_name) as ledger:
+                ledger.forget(weights)
+        self.accelerator.wait_for_everyone()
+        played: Future[dict[int, Episode]] = Future()
+        if ahead and self.actor.apart:
+            # Ranks speak to each other in the main thread only; a daemon holds up nobody who ends early.
+            threading.Thread(target=_fulfil, args=(played, share), daemon=True).start()
+        else:
+            played.set_result(share())
+            self.actor.sleep()
+
+        def episodes() -> list[Episode]:
+            mine = played.result()
             self.accelerator.wait_for_everyone()
-            mine = rollouts.play_share(
-                policy,
-                seeds,
-                self.rl.max_steps,
-                self.shown_with,
-                ledger,
-                name,
-                self.sampling.batch_size,
-                self.accelerator.process_index,
-                ranks,
-                self._with_hidden if self.rl.advantage == "critic" and ours else lambda episode: episode,
-            )
-            self.accelerator.wait_for_everyone()
-            # What was played here need not be rendered again; it's the same.
-            known = rollouts.read(ledger, name, len(seeds))
-            episodes = [mine.get(place, episode) for place, episode in enumerate(known)]
-        self.actor.sleep()
+            with Ledger(ledger_name) as ledger:
+                # What was played here need not be rendered again; it's the same.
+                known = rollouts.read(ledger, name, len(seeds))
+                return [mine.get(place, episode) for place, episode in enumerate(known)]
+
         return episodes
 
     @torch.no_grad()
@@ -186,7 +246,7 @@ class Trainer(GRPOTrainer):
         folder = self.folder / "evaluated" / str(iteration)
         if folder.exists():
             return  # before a kill
-        episodes = self._play("evaluation", iteration, list(self.rl.evaluation.seeds))
+        episodes = self._play("evaluation", iteration, list(self.rl.evaluation.seeds))()
         if not self.is_world_process_zero():
             return
         found = {
@@ -286,17 +346,40 @@ class Trainer(GRPOTrainer):
             found["num_images"] = [1] * len(steps)
         found = {name: self._to_device(value) for name, value in found.items()}
         if self.beta:
-            found["ref_per_token_logps"] = self._reference_logprobs(found)
+            found["ref_per_token_logps"] = self._logprobs_under("ref", found)
+        stale = self._metrics["train"]["staleness"][-1]
+        if self.rl.importance_sampling != "off" and (stale or not self.actor.exact):
+            found |= self._corrected(found)
         return found
+
+    def _corrected(self, rows: dict) -> dict:
+        """For tokens that another program, or an older policy, has drawn: the ratio of trainer to sampler.
+
+        Kept within bounds as TRL does with its own vLLM (vllm_importance_sampling_mode), from "Your Efficient RL
+        Framework Secretly Brings You Off-Policy RL Training" (Yao et al., 2025). TRL multiplies the loss by it; here
+        it's in the advantages, (rows, tokens), which comes to the same. The loss clips against the trainer's own.
+        """
+        sampled, mode = rows["old_per_token_logps"], self.rl.importance_sampling
+        own = self._logprobs_under("default", rows)
+        difference = (own - sampled) * rows["completion_mask"]
+        if mode.startswith("sequence"):
+            difference = difference.sum(dim=-1, keepdim=True).expand_as(difference)
+        ratio, most = difference.exp(), self.rl.importance_sampling_max
+        ratio = ratio.clamp(max=most) if mode.endswith("truncate") else ratio.masked_fill(ratio > most, 0.0)
+        return {
+            "old_per_token_logps": own,
+            "sampling_per_token_logps": sampled,
+            "advantages": rows["advantages"][:, None] * ratio,
+        }
 
     def _to_device(self, value):
         return value.to(self.accelerator.device) if isinstance(value, torch.Tensor) else value
 
     @torch.no_grad()
-    def _reference_logprobs(self, rows: dict) -> torch.Tensor:
-        """Log-probabilities under the adapter that training began with."""
+    def _logprobs_under(self, adapter: str, rows: dict) -> torch.Tensor:
+        """Log-probabilities under the adapter `default`, which is trained, or `ref`, that training began with."""
         model = self.accelerator.unwrap_model(self.model)
-        with use_adapter(model, "ref"):
+        with use_adapter(model, adapter):
             return self._get_per_token_logps_and_entropies(
                 model,
                 torch.cat([rows["prompt_ids"], rows["completion_ids"]], dim=1),
@@ -319,7 +402,8 @@ class Trainer(GRPOTrainer):
         # rollouts are trained on. The ratio in the loss is to what the sampler said, which corrects for the mismatch.
         if self._step % (self.args.steps_per_generation * self.num_iterations) < self.args.gradient_accumulation_steps:
             mask = inputs["completion_mask"]
-            off = ((self._logprobs - inputs["old_per_token_logps"]).abs() * mask).sum() / mask.sum()
+            sampled = inputs.get("sampling_per_token_logps", inputs["old_per_token_logps"])
+            off = ((self._logprobs - sampled).abs() * mask).sum() / mask.sum()
             self._metrics["train"]["sampler_mismatch"].append(self.accelerator.gather(off).mean().item())
         return loss
 
@@ -347,6 +431,13 @@ def evaluations(folder: Path) -> list[dict]:
     return sorted(found, key=lambda evaluation: evaluation["iteration"])
 
 
+def _fulfil(future: Future, work: Callable[[], object]) -> None:
+    try:
+        future.set_result(work())
+    except BaseException as error:
+        future.set_exception(error)
+
+
 def _digest(model) -> str:
     """A name for the adapter's weights."""
     hashed = hashlib.sha256()
@@ -361,6 +452,8 @@ def _save(path: Path, write: Callable[[Path], object]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(unfinished, ignore_errors=True)
     write(unfinished)
+    if path.is_dir():
+        shutil.rmtree(path)
     unfinished.replace(path)
 
 

@@ -443,9 +443,24 @@ class Rl(Section):
     """Share of replies in an iteration's play that cannot be read; with more, training stops."""
     max_kl: PositiveFloat = 0.3
     """KL divergence to the SFT policy, nats a token, mean of an iteration; with more, training stops."""
+    staleness: Annotated[int, Field(ge=0, le=1)] = 0
+    """1: an iteration's episodes are played with the policy of the iteration before, by vLLM servers that have GPUs of
+    their own (compute.yaml) while that one is still being trained on; anywhere else, at the same point but in turn."""
+    importance_sampling: Literal["off", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = (
+        "sequence_mask"
+    )
+    """Correction where the sampler is not the trainer: vLLM, bfloat16, an older policy. The ratio of their
+    probabilities weighs each token, or each reply; one above the bound is cut to it (truncate) or drops out (mask)."""
+    importance_sampling_max: PositiveFloat = 3.0
     zero: Zero = Zero()
     random_seed: NonNegativeInt = 0
     reward: Reward = Reward()
+
+    @model_validator(mode="after")
+    def _known_states(self):
+        if self.staleness and self.advantage == "critic":
+            raise ValueError("staleness does not go with advantage critic, which needs the player's own hidden states")
+        return self
 
     @model_validator(mode="after")
     def _whole_weights(self):

@@ -1,0 +1,216 @@
+"""Rollouts, decisions a second, for one model on one machine: ours in process, ours on vLLM, TRL's, BALROG's way.
+
+    python benchmarks/rollout.py [--adapter models/sft] [--episodes 16] [--steps 20]
+
+TRL's is GRPOTrainer's `environment_factory`: one growing conversation an episode, all of whose pictures are processed
+again at each turn. BALROG's is a process for each episode, which asks the same vLLM server one decision at a time. Each
+way plays a few decisions first, unmeasured. vLLM is started as compute.yaml says (on a CPU, after `make vllm`).
+"""
+
+import json
+import multiprocessing
+import tempfile
+from collections import defaultdict
+from contextlib import contextmanager
+from pathlib import Path
+from time import perf_counter
+
+import httpx2
+import torch
+import typer
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+from apprentice import compute, conversation, local, params, play, prompt, remote, serve, student
+from apprentice.policy import Turn
+from apprentice.processes import cores
+from apprentice.world import World
+
+BASE = Path("models/base")
+
+
+def main(adapter: Path = Path("models/sft"), episodes: int = 16, steps: int = 20) -> None:
+    profile = params.load().student
+    shown, tokens = profile.prompt, profile.sampling.max_tokens
+    seeds = list(range(900_000, 900_000 + episodes))
+    torch.set_num_threads(cores())
+    rates, shares = {}, {}
+
+    here = local.load("student", str(adapter), profile.dtype, 1.0, tokens, cores())
+    rates["ours, in process"], shares["ours, in process"] = ours(here, seeds, steps, shown)
+    # What it's compared with gets the better numbers of its kind: time spent in generation alone.
+    rates["TRL, environment_factory"] = trl(adapter, seeds, steps, profile)
+
+    serving = compute.load().serve.model_copy(update={"student": "vllm"})
+    plan = serve.plan(serving, serve.gpus(), training=False)
+    with serve.Servers(plan, serving, BASE, profile.dtype, [adapter]) as running:
+        there = remote.load("student", running.servers, str(adapter), 1.0, tokens, str(BASE))
+        rates["ours, on vLLM"], shares["ours, on vLLM"] = ours(there, seeds, steps, shown)
+        rates["BALROG's way, on vLLM"] = balrog(running.servers[0].url, adapter, seeds, steps, shown, tokens)
+
+    table = Table("rollouts", "decisions/s", "relative")
+    slowest = min(rates.values())
+    for name, rate in sorted(rates.items(), key=lambda item: -item[1]):
+        table.add_row(name, f"{rate:.1f}", f"{rate / slowest:.1f}")
+    Console().print(table)
+    table = Table("where the time goes", *next(iter(shares.values())))
+    for name, found in shares.items():
+        table.add_row(name, *(f"{share:.1%}" for share in found.values()))
+    Console().print(table)
+
+
+def ours(policy, seeds: list[int], steps: int, shown: params.Prompt) -> tuple[float, dict[str, float]]:
+    """Decisions a second, and the shares of the time."""
+    play.play(policy, seeds, 2, shown)
+    with timed() as spent:
+        began = perf_counter()
+        played = play.play(policy, seeds, steps, shown)
+        seconds = perf_counter() - began
+    shares = {name: spent[name] / seconds for name in ("world", "picture", "prompt", "parse")}
+    shares["server, model and the rest"] = 1 - sum(shares.values())
+    return sum(len(episode.steps) for episode in played) / seconds, shares
+
+
+@contextmanager
+def timed():
+    """The seconds spent in the parts of a rollout, each without the parts within it."""
+    spent, running = defaultdict(float), []
+    parts = [
+        (World, "__init__", "world"),
+        (World, "reset", "world"),
+        (World, "step", "world"),
+        (prompt, "png", "picture"),
+        (prompt, "picture", "picture"),
+        (prompt, "messages", "prompt"),
+        (conversation, "encode", "prompt"),
+        (local, "encode", "prompt"),
+        (prompt, "parse", "parse"),
+    ]
+    originals = [getattr(owner, name) for owner, name, _ in parts]
+
+    def clocked(work, kind):
+        def call(*args, **kwargs):
+            began, within = perf_counter(), len(running)
+            running.append(0.0)
+            try:
+                return work(*args, **kwargs)
+            finally:
+                seconds = perf_counter() - began
+                spent[kind] += seconds - running.pop()
+                if within:
+                    running[-1] += seconds
+
+        return call
+
+    for (owner, name, kind), original in zip(parts, originals, strict=True):
+        setattr(owner, name, clocked(original, kind))
+    try:
+        yield spent
+    finally:
+        for (owner, name, _), original in zip(parts, originals, strict=True):
+            setattr(owner, name, original)
+
+
+def trl(adapter: Path, seeds: list[int], steps: int, profile: params.Profile) -> float:
+    """TRL's own loop. Only the time in which it generates and acts counts, none of the training."""
+    from datasets import Dataset
+    from trl import GRPOConfig, GRPOTrainer
+
+    class Environment:
+        def reset(self, seed: int, **_) -> list[dict]:
+            self.world, self.history = World(seed, max_steps=steps), ()
+            return self._shown(self.world.reset())
+
+        def act(self, actions: list[str]) -> list[dict]:
+            """Act in the world.
+
+            Args:
+                actions: The actions to take, in order.
+            """
+            asked = prompt.parse(prompt.answer(actions), profile.prompt.max_actions).actions or ("noop",)
+            self.history += asked
+            if not self.world.done:
+                self.seen = self.world.step(asked[0]).observation
+            return self._shown(self.seen)
+
+        def _shown(self, observation) -> list[dict]:
+            self.seen, turn = observation, Turn(observation, self.history, profile.prompt)
+            words = prompt.text(turn.observation, turn.settings, turn.history)
+            picture = Image.fromarray(prompt.picture(observation, profile.prompt))
+            return [{"type": "image", "image": picture}, {"type": "text", "text": words}]
+
+    model, processor = student.load(BASE, adapter, profile.dtype, trainable=True)
+    rows = [{"prompt": [{"role": "system", "content": prompt.system(profile.prompt)}], "seed": seed} for seed in seeds]
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = GRPOConfig(
+            output_dir=folder,
+            max_steps=1,
+            per_device_train_batch_size=len(seeds),
+            num_generations=2,
+            max_completion_length=4096,
+            max_tool_calling_iterations=steps,
+            use_cpu=not torch.cuda.is_available(),
+            bf16=profile.dtype == "bfloat16",
+            gradient_checkpointing=False,
+            learning_rate=0.0,
+            generation_kwargs={"suppress_tokens": local.vision_tokens(processor), "max_new_tokens": None},
+            report_to="none",
+            save_strategy="no",
+        )
+        trainer = GRPOTrainer(
+            model,
+            lambda environments, **_: [float(len(one.history)) for one in environments],
+            args=arguments,
+            train_dataset=Dataset.from_list([row for row in rows for _ in range(1)]),
+            processing_class=processor,
+            environment_factory=Environment,
+        )
+        inputs = [row for row in rows[: len(rows) // 2] for _ in range(2)]
+        began = perf_counter()
+        trainer._generate_and_score_completions(inputs)
+        seconds = perf_counter() - began
+        return sum(len(environment.history) for environment in trainer.environments) / seconds
+
+
+def balrog(url: str, adapter: Path, seeds: list[int], steps: int, shown: params.Prompt, tokens: int) -> float:
+    model = serve.Adapter.of(adapter).name
+    context = multiprocessing.get_context("spawn")
+    ready, go, done = context.Semaphore(0), context.Event(), context.Queue()
+    arguments = [(url, model, seed, steps, shown, tokens, ready, go, done) for seed in seeds]
+    workers = [context.Process(target=one_episode, args=found) for found in arguments]
+    for worker in workers:
+        worker.start()
+    for _ in workers:
+        ready.acquire()
+    began = perf_counter()
+    go.set()
+    decisions = sum(done.get() for _ in workers)
+    seconds = perf_counter() - began
+    for worker in workers:
+        worker.join()
+    return decisions / seconds
+
+
+def one_episode(url, model, seed, steps, shown, tokens, ready, go, done) -> None:
+    with httpx2.Client(timeout=600) as client:
+        ready.release()
+        go.wait()
+        world, history, decisions = World(seed, max_steps=steps), (), 0
+        observation = world.reset()
+        while not world.done:
+            body = {
+                "model": model,
+                "messages": prompt.messages(observation, shown, history),
+                "tools": prompt.TOOLS,
+                "max_tokens": tokens,
+                "temperature": 1.0,
+            }
+            answer = client.post(f"{url}/v1/chat/completions", content=json.dumps(body)).json()
+            action = (prompt.parse(answer["choices"][0]["message"], shown.max_actions).actions or ("noop",))[0]
+            observation, history, decisions = world.step(action).observation, (*history, action), decisions + 1
+        done.put(decisions)
+
+
+if __name__ == "__main__":
+    typer.run(main)
