@@ -115,7 +115,7 @@ def timed():
 def trl(adapter: Path, seeds: list[int], steps: int, profile: params.Profile) -> float:
     """TRL's own loop. Only the time in which it generates and acts counts, none of the training."""
     from datasets import Dataset
-    from trl import GRPOConfig, GRPOTrainer
+    from trl import GRPOConfig, GRPOTrainer, chat_template_utils
 
     class Environment:
         def reset(self, seed: int, **_) -> list[dict]:
@@ -141,7 +141,12 @@ def trl(adapter: Path, seeds: list[int], steps: int, profile: params.Profile) ->
             return [{"type": "image", "image": picture}, {"type": "text", "text": words}]
 
     model, processor = student.load(BASE, adapter, profile.dtype, trainable=True)
-    rows = [{"prompt": [{"role": "system", "content": prompt.system(profile.prompt)}], "seed": seed} for seed in seeds]
+    processor.chat_template = chat_template_utils.qwen3_vl_chat_template  # TRL parses replies of those it knows
+    asked = [
+        {"role": "system", "content": [{"type": "text", "text": prompt.system(profile.prompt)}]},
+        {"role": "user", "content": [{"type": "text", "text": ""}]},
+    ]
+    rows = [{"prompt": asked, "seed": seed} for seed in seeds]
     with tempfile.TemporaryDirectory() as folder:
         arguments = GRPOConfig(
             output_dir=folder,
@@ -162,7 +167,7 @@ def trl(adapter: Path, seeds: list[int], steps: int, profile: params.Profile) ->
             model,
             lambda environments, **_: [float(len(one.history)) for one in environments],
             args=arguments,
-            train_dataset=Dataset.from_list([row for row in rows for _ in range(1)]),
+            train_dataset=Dataset.from_list(rows),
             processing_class=processor,
             environment_factory=Environment,
         )

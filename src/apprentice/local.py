@@ -141,7 +141,9 @@ def generate(
     running = torch.ones(len(rows), dtype=torch.bool, device=model.device)
     output = model(**inputs, use_cache=True, logits_to_keep=1, output_hidden_states=True)
     hidden = output.hidden_states[-1][:, -1].float().cpu().numpy()
-    positions = model.model.rope_deltas.view(-1, 1) + mask.sum(dim=1, keepdim=True)
+    positions = mask.sum(dim=1, keepdim=True)
+    if "pixel_values" in inputs:  # without, the model would still have the shifts of its last pictures
+        positions = positions + model.model.rope_deltas.view(-1, 1)
     for turn in range(draws.shape[1]):
         logits = output.logits[:, -1].double()
         logits[:, banned] = -torch.inf
