@@ -44,7 +44,7 @@ def train(top: Path, ranks: int, at_once: int, accumulation: int, stage: int) ->
     """A batch of 8 rows in each step, split like this; top: the folder to train in."""
     os.chdir(top)
     profile = params.load(ROOT / "params.yaml").profiles["tiny"]
-    changes = {"eval_steps": 5, "early_stopping_patience": None, "batch_size": 8, "micro_batch_size": at_once}
+    changes = {"eval_steps": 10, "early_stopping_patience": None, "batch_size": 8, "micro_batch_size": at_once}
     sft = profile.sft.model_copy(update=changes | {"zero": params.Zero(stage=stage)})
     profile = profile.model_copy(update={"sft": sft})
     import sft as stage_sft
@@ -85,10 +85,9 @@ def test_a_batch_has_the_same_loss_however_it_is_split(trained):
     others = {
         "two ranks, ZeRO-2": trained("zero2", 2, 4, 1, 2),
         "two ranks, ZeRO-3": trained("zero3", 2, 2, 2, 3),
-        "two ranks": trained("ranks", 2, 4, 1, 0),
         "four parts": trained("parts", 1, 2, 4, 0),
     }
-    assert len(curve(whole, "train")) == STEPS and len(curve(whole, "val")) == STEPS // 5
+    assert len(curve(whole, "train")) == STEPS and len(curve(whole, "val")) == STEPS // 10
     assert curve(whole, "train")[-5:].mean() < curve(whole, "train")[:5].mean()
     for how, other in others.items():
         for name in ("train", "val"):

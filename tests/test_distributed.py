@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from apprentice import distributed
+from apprentice import distributed, training
 from apprentice.command import WorkError
-from apprentice.params import ConfigError
+from apprentice.params import ConfigError, Lora, Sft
 
 
 @pytest.mark.parametrize("devices", [1, 2, 3, 4, 8])
@@ -79,11 +79,6 @@ def die() -> None:
     time.sleep(600)
 
 
-def test_a_killed_rank_ends_the_work():
-    with pytest.raises(WorkError, match="rank 1 was ended by SIGKILL"):
-        distributed.launch(die, 2)
-
-
 def wait(folder: Path) -> None:
     (folder / os.environ["RANK"]).write_text(str(os.getpid()))
     time.sleep(600)
@@ -110,3 +105,37 @@ def alive(pid: int) -> bool:
         return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
     except OSError:
         return False
+
+
+def fill(gigabytes: int) -> None:
+    torch.empty(gigabytes << 30, dtype=torch.uint8)
+
+
+def test_full_memory_says_what_helps_first(capfd):
+    relief = training.relief("profiles.x.sft", Sft(micro_batch_size=8))
+    order = ["micro_batch_size: 4", "gradient_checkpointing: true", "lora.quantization: nf4", "max_length below 2048"]
+    order += ["lora.vision: false", "zero.stage: 2", "zero.stage: 3", "zero.offload: true"]
+    places = [relief.index(step) for step in order]
+    assert places == sorted(places) and "under profiles.x.sft" in relief
+    with pytest.raises(WorkError, match=r"memory is full \(.*under profiles.x.sft: micro_batch_size: 4"):
+        distributed.launch(fill, 1, 1 << 20, relief=relief)
+    with pytest.raises(SystemExit) as stopped:
+        distributed.launch(fill, 1, 1 << 20, group=True, relief=relief)
+    assert stopped.value.code == 1 and "rank 0's memory is full" in capfd.readouterr().err
+
+
+def exhaust() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+def test_a_full_gpu_and_a_killed_rank_end_the_work_and_say_so_too():
+    with pytest.raises(WorkError, match=r"CUDA out of memory.*try this"):
+        distributed.launch(exhaust, 1, relief="try this")
+    with pytest.raises(WorkError, match=r"rank 1 was ended by SIGKILL; .*memory was full. try this"):
+        distributed.launch(die, 2, relief="try this")
+
+
+def test_what_is_used_already_is_not_advised():
+    used = Sft(micro_batch_size=1, gradient_checkpointing=True, lora=Lora(quantization="nf4", vision=False))
+    relief = training.relief("x", used)
+    assert not any(word in relief for word in ("micro_batch", "checkpointing", "quantization", "vision", "stage: 3"))

@@ -129,6 +129,7 @@ def lora_config(lora: Lora) -> LoraConfig:
 def zero_config(zero: Zero) -> dict | None:
     """DeepSpeed's form of the settings, for the `deepspeed` of a trainer's arguments; None is without DeepSpeed.
 
+    To be called in a rank.
     "auto" is what the trainer's arguments say. Make those before the model is loaded: with stage 3 each rank then
     loads its part only.
     """
@@ -139,6 +140,7 @@ def zero_config(zero: Zero) -> dict | None:
 
         # Its own reduction in shared memory would first be compiled, for a minute; gloo does as well.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.init_distributed("gloo", auto_mpi_discovery=False)  # on GPUs accelerate does it
     division = {"stage": zero.stage, "contiguous_gradients": True, "overlap_comm": torch.cuda.is_available()}
     if zero.stage == 3:
         division["stage3_gather_16bit_weights_on_model_save"] = True
