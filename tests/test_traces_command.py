@@ -4,9 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-from command_line import run
+from command_line import run, write_params
 from PIL import Image
-from test_play_command import PARAMS
 
 from apprentice import store
 from apprentice.cli import watch
@@ -14,10 +13,6 @@ from apprentice.episode import Episode, Reply
 from apprentice.params import Prompt
 from apprentice.play import play
 from apprentice.policy import Scripted
-
-SETTINGS = PARAMS.format(url="http://127.0.0.1:9/v1").replace(
-    "teachers:", "teachers:\n  expert: {policy: expert, seeds: 0-3}\n  monkey: {policy: random, seeds: 0-1}"
-)
 
 
 class Evil:
@@ -45,7 +40,8 @@ def played() -> dict[str, list[Episode]]:
 
 @pytest.fixture
 def folder(tmp_path, played) -> Path:
-    (tmp_path / "params.yaml").write_text(SETTINGS)
+    expert = {"policy": "expert", "seeds": "0-3"}
+    write_params(tmp_path, expert=expert, monkey={"policy": "random", "seeds": "0-1"})
     for name, episodes in played.items():
         store.write(tmp_path / f"data/traces/{name}.parquet", episodes)
     store.write(tmp_path / "data/benchmark/random.parquet", play(Scripted("random"), [200], 10, Prompt()))
@@ -140,7 +136,7 @@ def test_a_benchmarks_opening_is_part_of_the_film():
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
-        (["list", "--teacher", "x"], 2, "there is no 'x'; params.yaml has expert, monkey, api"),
+        (["list", "--teacher", "x"], 2, "there is no 'x'; params.yaml has api, expert, monkey"),
         (["list", "--teacher", "api"], 2, "there is no data/traces/api.parquet yet; make it by dvc repro"),
         (["list", "--achievement", "fly"], 2, "'fly' is no achievement"),
         (["list", "--seed", "5-1"], 2, "runs backwards"),

@@ -1,0 +1,50 @@
+"""OpenEnv's own client, the one that TRL's environments use, plays against `apprentice serve`.
+
+Run by `make test-openenv`, which sets up the client's environment; not part of `make test`.
+"""
+
+import base64
+import hashlib
+import json
+import os
+import subprocess
+
+import numpy as np
+import pytest
+from closure import ROOT
+from test_serve_command import KEY, serving
+
+from apprentice import prompt
+from apprentice.world import ACTIONS, World
+
+PYTHON = ROOT / ".venv-openenv/bin/python"
+
+
+@pytest.mark.parametrize("key", [{}, {"APPRENTICE_SERVE_KEY": KEY}], ids=["open", "with a key"])
+def test_openenvs_clients_play_the_episode_that_the_world_plays(tmp_path, key):
+    actions = [ACTIONS[number] for number in np.random.default_rng(0).integers(17, size=40)]
+    world = World(17, max_steps=len(actions))
+    expected = [[digest(world.reset().image), None, False]]
+    for action in actions:
+        outcome = world.step(action)
+        expected.append([digest(outcome.observation.image), outcome.reward, outcome.done])
+    with serving(tmp_path, **key) as (url, _):
+        script = [PYTHON, ROOT / "tests/openenv_episode.py", url, "17", *actions]
+        done = subprocess.run(script, env=os.environ | key, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    (typed, steps), (generic, said) = json.loads(done.stdout)
+    assert typed == expected and steps == len(actions)
+    assert generic == expected and "VALIDATION_ERROR" in said and "'noop'" in said
+
+
+def test_openenvs_client_says_that_a_server_is_gone(tmp_path):
+    with serving(tmp_path) as (url, _):
+        pass
+    done = subprocess.run(
+        [PYTHON, ROOT / "tests/openenv_episode.py", url, "1", "noop"], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode and "ConnectionError: Failed to connect" in done.stderr
+
+
+def digest(image: np.ndarray) -> str:
+    return hashlib.sha256(base64.b64encode(prompt.png(image))).hexdigest()
