@@ -4,9 +4,9 @@
     python benchmarks/sft_data.py padding         # how much of what is computed on is padding
     python benchmarks/sft_data.py memory 1000000  # peak memory with a file of so many rows
 
-Rows are the expert's, in the form of the profile qwen2b (for memory, tiny). If models/base is a hub's model, it's its
-processor that is measured; otherwise one with Qwen3-VL's settings for pictures (patches of 16 pixels, merged 2 × 2) and
-a smaller vocabulary.
+Rows are the expert's, in the form of the profile qwen2b (for memory, short ones). If models/base is a hub's model, it's
+its processor that is measured; otherwise one with Qwen3-VL's settings for pictures (patches of 16 pixels, merged 2 × 2)
+and a smaller vocabulary.
 """
 
 import json
@@ -108,19 +108,22 @@ def padding(folder: Path) -> None:
 def memory(folder: Path, most: int) -> None:
     """Peak memory of the data path, survey included, for 10,000 rows and for many, each in a process of its own."""
     print("     rows   file  survey  peak after it  after 3,200 rows read")
+    file, base = prepared(folder, "text", 2000)
     for count in (10_000, most):
-        file, base = prepared(folder, "tiny", count)
-        command = [sys.executable, __file__, "train", str(file), str(base)]
-        print(subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip(), flush=True)
-        file.unlink()
+        many = folder / f"{count}.jsonl"
+        with many.open("wb") as out:
+            for _ in range(count // 2000):
+                out.write(file.read_bytes())
+        command = [sys.executable, __file__, "train", str(many), str(base)]
+        print(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.strip(), flush=True)
 
 
 def train(file: Path, base: Path) -> None:
     """Survey the file in this process, and read 100 batches of the order of three epochs."""
     from apprentice import dataset, student, training
 
-    # Tokens take hours of CPU for millions of rows and no memory: here a character is one.
-    training.length, training._ALONE = lambda processor, messages: len(messages[1]["content"][1]["text"]), 1 << 60
+    # To count tokens takes minutes and no memory: here each character is one.
+    training.length, training._ALONE = lambda processor, messages: len(messages[1]["content"][0]["text"]), 1 << 60
     began = time.monotonic()
     survey = training.survey(file, base, file.name)
     surveyed, peak = time.monotonic() - began, peak_megabytes()
@@ -145,13 +148,18 @@ def prepared(folder: Path, form: str, count: int) -> tuple[Path, Path]:
 
     profiles = params.load(ROOT / "params.yaml").profiles
     text = profiles["qwen2b"].prompt.model_copy(update={"mode": "text"})
-    shown = [profiles[form].prompt] if form != "mixed" else [profiles["qwen2b"].prompt, text, profiles["tiny"].prompt]
+    shown = {
+        "tiny": [profiles["tiny"].prompt],
+        "qwen2b": [profiles["qwen2b"].prompt],
+        "mixed": [profiles["qwen2b"].prompt, text, profiles["tiny"].prompt],
+        "text": [profiles["tiny"].prompt.model_copy(update={"mode": "text"})],
+    }[form]
     episodes = play(Scripted("expert"), range(12), 200, shown[0])
     rows = [row(episode, step, settings) for episode in episodes for step in episode.steps for settings in shown]
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{form}-{count}.jsonl"
     write_jsonl(file, islice(cycle(rows), count))
-    return file, processor(folder / f"base-{form}", profiles["tiny" if form == "tiny" else "qwen2b"])
+    return file, processor(folder / f"base-{form}", profiles["tiny" if form in ("tiny", "text") else "qwen2b"])
 
 
 def processor(folder: Path, profile) -> Path:

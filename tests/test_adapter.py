@@ -167,3 +167,16 @@ def test_an_adapter_of_another_base_is_refused(top, tiny):
 def test_the_command_says_in_one_line_what_is_wrong(top, arguments, code, says):
     done = command_line.run(top, "merge", *arguments)
     assert done.returncode == code and says in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_an_adapter_trained_on_four_bits_is_merged_into_the_base_as_it_was(top, inputs):
+    quantised, processor = student.load("models/base", quantization="nf4")
+    lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+    get_peft_model(quantised, lora).save_pretrained("models/qlora")
+    adapter.complete(adapter.Path("models/qlora"), processor, TINY, SECTIONS)
+    merge(adapter.Path("models/qlora"), top / "merged")
+    merged = AutoModelForImageTextToText.from_pretrained("merged")
+    base = AutoModelForImageTextToText.from_pretrained("models/base")
+    assert not hasattr(merged.config, "quantization_config")
+    both = logits(PeftModel.from_pretrained(base, "models/qlora"), inputs)
+    torch.testing.assert_close(logits(merged, inputs), both, atol=1e-3, rtol=1e-3)
