@@ -203,6 +203,9 @@ def test_a_claim_that_the_episodes_cannot_support_is_warned_of():
 
     assert said(far) == []
     assert len(said(close)) == 1 and said(close)[0].startswith("sft and base can't be told apart on 12 worlds")
+    assert said({"base": far["base"], "sft": far["base"]}) == [
+        "sft and base can't be told apart on 12 worlds: +0.0%, +0.0% to +0.0%, p = 1"
+    ]
     assert said(few) == ["base: 9 episodes are too few for its interval to be trusted; play 10 or more"]
 
 

@@ -143,9 +143,9 @@ def warnings(scores: dict[str, dict], differences: dict[str, dict]) -> list[str]
         text += f"{low:+.1%} to {high:+.1%}, p = {row['p_holm']:.2g}"
         if row["p"] < 0.05:
             text += f" once corrected for {len(differences)} comparisons"
-        found.append(
-            text + (f"; if that's the difference, about {row['needed']:,} would show it" * bool(row["needed"]))
-        )
+        if row["needed"]:
+            text += f"; if that's the difference, about {row['needed']:,} would show it"
+        found.append(text)
     return found
 
 
