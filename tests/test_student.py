@@ -10,9 +10,10 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from apprentice import local, pretraining, prompt, student
 from apprentice.conversation import batch, encode, length, pictures, row
-from apprentice.params import Architecture, Pretraining, Prompt
+from apprentice.params import Architecture, Lora, Pretraining, Prompt
 from apprentice.play import play
 from apprentice.policy import Scripted
+from apprentice.training import lora_config
 from apprentice.world import ACTIONS, World
 
 
@@ -248,3 +249,21 @@ def test_folded_lora_is_the_same_function_with_the_same_gradients():
         torch.testing.assert_close(ours, theirs)
     with model.disable_adapter():
         torch.testing.assert_close(model(x), layer[0].get_base_layer()(x))
+
+
+def test_lora_learns_on_a_base_in_four_bits(tiny_folder, episode):
+    quantized, processor = student.load(tiny_folder, quantization="nf4")
+    whole, _ = student.load(tiny_folder)
+    assert quantized.get_memory_footprint() < 0.7 * whole.get_memory_footprint()
+    rows = batch(processor, [encode(processor, row(episode, step, SHOWN)["messages"]) for step in episode.steps[:4]])
+    with torch.no_grad():
+        assert abs(quantized(**rows).loss - whole(**rows).loss) < 0.1 * whole(**rows).loss
+    model = get_peft_model(quantized, lora_config(Lora(rank=8, alpha=16)))
+    optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], 1e-2)
+    losses = []
+    for _ in range(8):
+        losses.append(model(**rows).loss)
+        losses[-1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < 0.8 * losses[0]

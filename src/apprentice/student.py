@@ -164,6 +164,8 @@ def load(
             bnb_4bit_quant_type=quantization,
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=how["dtype"],
+            # On a CPU widths have to be multiples of 64, which that of the tiny student's tower isn't.
+            llm_int8_skip_modules=None if torch.cuda.is_available() else ["model.visual", "lm_head"],
         )
     if not torch.cuda.is_available():
         keep_freed_memory()
