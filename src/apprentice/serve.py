@@ -191,7 +191,7 @@ def command(program: str, base: Path, url: str, dtype: str, rank: int, memory: f
         flags["--gpu-memory-utilization"] = memory
     # Without the connector's flag, vLLM ignores an adapter's weights in the vision tower and says nothing.
     switches = ["--enable-auto-tool-choice", "--enable-lora", "--enable-tower-connector-lora"]
-    # A prompt whose beginning was asked before gets other log-probabilities than a new one (LOG.md).
+    # As a precaution: one repeated prompt was answered otherwise (LOG.md).
     switches += ["--no-enable-prefix-caching"]
     switches += ["--enable-sleep-mode"] if sleeps else []
     switches += ["--enforce-eager"] if memory is None else []
