@@ -230,7 +230,7 @@ class Rollouts:
 
     def __init__(self, endpoints: dict[str, tuple[Player, str]], limits: Limits):
         self.endpoints, self.limits = endpoints, limits
-        self._chats: dict[str, Chat] = {}
+        self._clients: dict[str, tuple[Client, Replies]] = {}
         self._running: set[Future] = set()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="rollouts", daemon=True)
@@ -272,18 +272,18 @@ class Rollouts:
         }
 
     def _chat(self, name: str, model: Player, whose: str) -> Chat:
-        """One for all rollouts, so that max_cost_usd holds for them together; replies are kept and not paid twice."""
-        if name not in self._chats:
+        """A new one, which knows what the last ones were answered, so that nothing is paid for twice; the client is one
+        for all, so that max_cost_usd holds for them together."""
+        if name not in self._clients:
             replies = Replies(name, model.endpoint.asked)
-            client = Client(model.endpoint, whose, replies.spent() or 0.0)
-            self._chats[name] = Chat(name, client, replies)
-        return self._chats[name]
+            self._clients[name] = Client(model.endpoint, whose, replies.spent() or 0.0), replies
+        return Chat(name, *self._clients[name])
 
     def close(self) -> None:
         async def close() -> None:
-            for chat in self._chats.values():
-                await chat.client.__aexit__()
-                chat.replies.__exit__()
+            for client, replies in self._clients.values():
+                await client.__aexit__()
+                replies.__exit__()
             for task in asyncio.all_tasks() - {asyncio.current_task()}:
                 task.cancel()
 
