@@ -51,18 +51,10 @@ def main() -> None:
     teachers = {name: quality.as_dict(costs[name]["cost_usd"]) for name, quality in funnel.teachers.items()}
     write_metrics("filter", funnel.as_dict())
     write_metrics("teachers", teachers)
-    write_metrics("cost", {"teachers": costs, "judge_usd": judge_cost(settings.judge) if judging else 0.0})
+    write_metrics("cost", {"teachers": costs, "judge_usd": judge.spent(settings.judge) if judging else 0.0})
     show(teachers)
     kept, read = funnel.decisions["kept"], funnel.decisions["read"]
     print(f"filter: kept {funnel.episodes['kept']} of {funnel.episodes['read']} episodes, {kept} of {read} decisions")
-
-
-def judge_cost(settings: params.Judge) -> float | None:
-    """Dollars that all of the judge's answers have cost; None if their price is not known."""
-    from apprentice.ledger import Replies
-
-    with Replies("judge", settings.endpoint.asked) as replies:
-        return replies.spent()
 
 
 def show(teachers: dict) -> None:

@@ -49,7 +49,8 @@ def main() -> None:
     checkpoints = cache() / "rl" / fingerprint(**shaping, dtype=profile.dtype, code=code(__file__))
     with serve.Servers(plan, serving, Path("models/base"), profile.dtype, [SFT]) as students:
         work = (train, ranks, profile, judge, checkpoints, rows, accumulation, students.servers, plan.sleeps)
-        distributed.launch(*work, group=rl.zero.stage > 0)
+        relief = f"What helps, in this order, under profiles.{settings.profile}.rl: micro_batch_size, zero.stage: 2, 3"
+        distributed.launch(*work, group=rl.zero.stage > 0, relief=relief)
 
 
 def train(
@@ -70,11 +71,6 @@ def train(
     from apprentice.grpo import Stopped, Trainer
 
     rl = profile.rl
-    model, processor = student.load("models/base", SFT, profile.dtype, trainable=True)
-    if servers:
-        actor = OnVllm(servers, processor, checkpoints / "policies", sleeping)
-    else:
-        actor = InProcess(student.load("models/base", dtype=profile.dtype)[0], processor)
     batches = rl.decisions // rl.batch_size
     arguments = GRPOConfig(
         output_dir=str(checkpoints),
@@ -110,6 +106,11 @@ def train(
         seed=rl.random_seed,
         report_to="none",
     )
+    model, processor = student.load("models/base", SFT, profile.dtype, trainable=True)
+    if servers:
+        actor = OnVllm(servers, processor, checkpoints / "policies", sleeping)
+    else:
+        actor = InProcess(student.load("models/base", dtype=profile.dtype)[0], processor)
     trainer = Trainer(model, actor, processor, rl, profile.prompt, profile.sampling, arguments, judge)
     trainer.add_callback(training.Whole())
     stopped = ""
@@ -120,10 +121,17 @@ def train(
         stopped = str(reason)
     actor.close()
     if trainer.is_world_process_zero():
-        write(trainer.history, processor, profile, checkpoints, stopped)
+        write(trainer.history, processor, profile, judge, checkpoints, stopped)
 
 
-def write(history: list[dict], processor, profile: params.Profile, checkpoints: Path, stopped: str) -> None:
+def write(
+    history: list[dict],
+    processor,
+    profile: params.Profile,
+    judge: params.Judge | None,
+    checkpoints: Path,
+    stopped: str,
+) -> None:
     """The best adapter, some rollouts, metrics and plots."""
     from apprentice import adapter, rollouts, training
     from apprentice.grpo import evaluations
@@ -161,6 +169,10 @@ def write(history: list[dict], processor, profile: params.Profile, checkpoints: 
     rows = {"first": history[0], "last": history[-1], "held_out_sft": held_out[0], "held_out_best": best}
     for when, row in rows.items():
         metrics |= {f"{when}_{name}": row[name] for name in ("reward", "achievements")}
+    if rl.reward.judge:
+        from apprentice.judge import spent
+
+        metrics["judge_usd"] = spent(judge)  # with what the filter has asked
     write_metrics("rl", metrics)
     shaping = {"prompt": profile.prompt, "sampling": profile.sampling, "rl": rl}
     seeds = {"seeds": True, "evaluation": {"seeds"}}  # hundreds

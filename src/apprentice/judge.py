@@ -39,6 +39,12 @@ def scores(episodes: Iterable[Episode], settings: Judge) -> list[Verdict]:
     return asyncio.run(_scores(episodes, settings))
 
 
+def spent(settings: Judge) -> float | None:
+    """Dollars that all of the judge's answers have cost; None if a price was not known."""
+    with Replies("judge", settings.endpoint.asked) as replies:
+        return replies.spent()
+
+
 async def _scores(episodes: Iterable[Episode], settings: Judge) -> list[Verdict]:
     found: dict[int, Verdict] = {}
     waiting = enumerate(episodes)
