@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,8 +14,9 @@ from endpoint import Answer, Server, completion
 from ruamel.yaml import YAML
 
 from apprentice import judge, params, prompt
-from apprentice.grpo import Trainer, advantages
-from apprentice.params import ConfigError, Criterion, Endpoint, Judge, Reward, Rl
+from apprentice.advantages import advantages
+from apprentice.grpo import Trainer
+from apprentice.params import ConfigError, Criterion, Endpoint, Evaluation, Judge, Reward, Rl
 from apprentice.play import play
 from apprentice.policy import Scripted
 from apprentice.reward import rewards, with_mean
@@ -181,7 +183,17 @@ def test_a_long_episode_is_told_in_bounded_length():
 
 
 def rl(weight: float) -> Rl:
-    return Rl(seeds=(0,), iterations=1, groups=1, group_size=2, max_steps=60, decisions=64, reward=Reward(judge=weight))
+    return Rl(
+        seeds=(0,),
+        evaluation=Evaluation(seeds=(1,)),
+        iterations=1,
+        groups=1,
+        group_size=2,
+        max_steps=60,
+        decisions=64,
+        advantage="return_to_go",
+        reward=Reward(judge=weight),
+    )
 
 
 def test_the_score_is_rewarded_at_the_end_by_its_weight(episodes):
@@ -197,35 +209,49 @@ def test_a_missing_score_is_the_mean_of_the_groups():
 
 
 def test_the_better_judged_of_two_alike_has_the_advantage(episodes):
-    alike = [episodes[0], episodes[0], episodes[0]]
-    better, worse, unknown = advantages(alike, rl(1.0), [0.9, 0.1, None])
+    alike = [episodes[0], episodes[0]]
+    better, worse = advantages(alike, rl(1.0), [0.9, 0.1])
     assert better[-1] > 0 > worse[-1]
-    assert unknown[-1] == pytest.approx(0, abs=1e-9)
-    for values in advantages(alike, rl(0.0), [0.9, 0.1, None]):
+    for values in advantages(alike, rl(0.0), [0.9, 0.1]):
         assert abs(values).max() < 1e-6
 
 
-def trainer(found: Judge | None) -> SimpleNamespace:
-    return SimpleNamespace(judge=found, _judge_has_answered=False)
+def trainer(found: Judge | None, *scores: float | None) -> SimpleNamespace:
+    """What of a trainer asks the judge; with scores, they are what it says."""
+    return SimpleNamespace(
+        judge=found,
+        rl=rl(1.0),
+        _judge_has_answered=False,
+        _metrics={"train": defaultdict(list)},
+        _asked=lambda episodes: list(scores),
+        is_world_process_zero=lambda: True,
+    )
 
 
 def test_training_goes_on_when_the_judge_ceases_to_work_and_says_so(episodes, capsys):
     answers = [marks(7), marks(3), Answer(status=401, body="no"), Answer(status=500, body="no")]
     with Server(answers) as server:
         one = trainer(settings(server, endpoint={"concurrency": 1}))
-        assert Trainer._scores(one, episodes[:2]) == [0.7, 0.3]
-        assert Trainer._scores(one, episodes[2:4]) == [None, None]
-        assert Trainer._scores(one, episodes[:1] + episodes[4:5]) == [0.7, None]
+        assert Trainer._asked(one, episodes[:2]) == [0.7, 0.3]
+        assert Trainer._asked(one, episodes[2:4]) == [None, None]
+        assert Trainer._asked(one, episodes[:1] + episodes[4:5]) == [0.7, None]
         assert "scored 1 of 2 episodes" in capsys.readouterr().err
 
 
 def test_training_does_not_begin_with_a_judge_that_refuses(episodes):
     with Server([Answer(status=404, body="no such model")]) as server, pytest.raises(ConfigError, match="judge-1"):
-        Trainer._scores(trainer(settings(server)), episodes[:2])
+        Trainer._asked(trainer(settings(server)), episodes[:2])
+
+
+def test_an_episode_without_a_score_takes_its_groups_mean_and_not_anothers(episodes):
+    with Server() as server:
+        one = trainer(settings(server), 0.2, None, 0.8, 0.6)
+        assert Trainer._scores(one, episodes[:4]) == pytest.approx([0.2, 0.2, 0.8, 0.6])
+        assert one._metrics["train"]["judge_missing"] == [0.25]
 
 
 def test_without_a_weight_nobody_is_asked(episodes):
-    assert Trainer._scores(trainer(None), episodes[:2]) == [None, None]
+    assert Trainer._scores(trainer(None, 1.0, 1.0), episodes[:2]) == [0.0, 0.0]
 
 
 # In the filter, and in the configuration.

@@ -280,8 +280,9 @@ class Trainer(GRPOTrainer):
         if self.is_world_process_zero():
             found = [self._asked(episodes)]
         known = broadcast_object_list(found)[0]
+        given = [score for score in known if score is not None]
         self._metrics["train"]["judge_missing"].append(known.count(None) / len(known))
-        self._metrics["train"]["judge_score"].append(float(np.mean([score or 0.0 for score in known])))
+        self._metrics["train"]["judge_score"].append(float(np.mean(given or [0.0])))
         groups = [known[start : start + self.rl.group_size] for start in range(0, len(known), self.rl.group_size)]
         return [score for group in groups for score in with_mean(group)]
 
