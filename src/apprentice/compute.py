@@ -77,6 +77,8 @@ class Stage(Section):
     checkpoints: str | None = None
     """Where training is kept for a rerun: a bucket (s3://bucket/folder), a folder that all machines share
     (/shared/folder), or null: the machine's own disk, gone when it is."""
+    dirty: bool = False
+    """Send what is in no commit, too; otherwise that's an error."""
     managed: bool = False
     """Run as a managed job, which SkyPilot starts again when a spot machine is taken away."""
 

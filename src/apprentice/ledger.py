@@ -29,7 +29,7 @@ def fingerprint(**settings) -> str:
     return _hash({"world": world.VERSION, "store": store.VERSION, **settings})
 
 
-PLACES = frozenset({"compute"})
+PLACES = frozenset({"compute", "launch", "node"})
 """Modules that decide where a stage runs and never what comes out. They are in no fingerprint and no dep of dvc.yaml:
 an edit of one reruns nothing."""
 

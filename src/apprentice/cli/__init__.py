@@ -5,7 +5,7 @@ A command imports what is heavy when it runs: `apprentice --help` and completion
 
 import typer
 
-from apprentice.cli import doctor, estimate, export, imports, merge, play, report, serve, traces
+from apprentice.cli import doctor, estimate, export, imports, launch, merge, play, report, serve, traces
 from apprentice.command import guarded
 
 application = typer.Typer(
@@ -24,6 +24,9 @@ application.command("merge", rich_help_panel=_DATA)(merge.merge_adapter)
 application.command("serve", rich_help_panel=_RUN)(serve.serve)
 application.command("doctor", rich_help_panel=_RUN)(doctor.doctor)
 application.command("estimate", rich_help_panel=_RUN)(estimate.show_estimate)
+application.command(
+    "launch", rich_help_panel=_RUN, context_settings={"ignore_unknown_options": True, "allow_interspersed_args": True}
+)(launch.launch_stage)
 
 
 def main() -> None:

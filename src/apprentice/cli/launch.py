@@ -1,0 +1,48 @@
+"""apprentice launch: stages on machines that SkyPilot finds."""
+
+import sys
+from typing import Annotated
+
+import typer
+
+from apprentice import compute
+from apprentice.params import ConfigError
+
+
+def launch_stage(
+    stage: Annotated[str | None, typer.Argument(help="student, sft, rl or benchmark.")] = None,
+    arguments: Annotated[list[str] | None, typer.Argument(help="For the stage's own command.")] = None,
+    status: Annotated[bool, typer.Option("--status", help="What is under way.")] = False,
+    logs: Annotated[bool, typer.Option("--logs", help="Follow the stage's log.")] = False,
+    stop: Annotated[bool, typer.Option("--stop", help="End the stage, and take its machine down.")] = False,
+    plan: Annotated[bool, typer.Option("--plan", help="Only show the task, the machine and its price.")] = False,
+) -> None:
+    """Run a stage on a machine that SkyPilot finds, as compute.yaml says; or look after those under way.
+
+    `dvc repro` does it by itself for a stage with `where: sky`.
+
+    Example: apprentice launch --status
+    """
+    if sum((status, logs, stop, plan)) > 1:
+        raise ConfigError("choose one of --status, --logs, --stop and --plan")
+    if stage is None and not status:
+        raise ConfigError("name a stage: apprentice launch sft, or ask for --status")
+
+    from apprentice import launch
+
+    if status:
+        for found in launch.status():
+            print(f"{found['stage']:10} {found['job']:12} {found['name']}")
+        return
+    if logs:
+        sys.exit(launch.logs(stage))
+    if stop:
+        launch.stop(stage)
+        return
+    place = compute.load().stages.get(stage)
+    if place is None:
+        raise ConfigError(f"compute.yaml: there is no stages.{stage}, which would say on what it runs")
+    if plan:
+        launch.show(stage, arguments or [], place)
+        return
+    sys.exit(launch.run(stage, arguments or [], place))

@@ -1,0 +1,123 @@
+"""`make test-s3`: DVC's remote on a real S3 server: a colleague's clone, and a machine, get everything from there."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from closure import ROOT
+from test_pipeline import SMALL, checkout, contents, environment
+
+from apprentice import compute, launch
+
+SERVER = ROOT / ".venv-s3/bin/moto_server"
+BUCKET = """
+import boto3, sys
+boto3.client("s3", endpoint_url=sys.argv[1], region_name="us-east-1").create_bucket(Bucket="bucket")
+"""
+
+
+@pytest.fixture(scope="module")
+def server() -> str:
+    """The address of an S3 server with an empty bucket."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    address = f"http://127.0.0.1:{port}"
+    keys = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "hush", "AWS_DEFAULT_REGION": "us-east-1"}
+    os.environ.update(keys)
+    process = subprocess.Popen(
+        [SERVER, "--host", "127.0.0.1", "--port", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        for _ in range(600):
+            with socket.socket() as client:
+                if client.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            assert process.poll() is None
+            time.sleep(0.1)
+        subprocess.run([ROOT / ".venv-s3/bin/python", "-c", BUCKET, address], check=True)
+        yield address
+    finally:
+        process.kill()
+        process.wait()
+
+
+def dvc(top: Path, *arguments: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "dvc", *arguments],
+        cwd=top,
+        env=environment(top.parent / "cache"),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, (arguments, done.stderr[-3000:])
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def pushed(server, tmp_path_factory) -> Path:
+    """A checkout where sft and what comes before it has run and been pushed, the run-cache with it."""
+    top = checkout(tmp_path_factory.mktemp("pushed") / "checkout", SMALL)
+    dvc(top, "repro", "sft")
+    # As the README says it.
+    dvc(top, "remote", "add", "--default", "store", "s3://bucket/apprentice")
+    dvc(top, "remote", "modify", "store", "endpointurl", server)
+    dvc(top, "push", "--run-cache")
+    return top
+
+
+def clone(pushed: Path, folder: Path) -> Path:
+    """What a colleague has from git: nothing of DVC's."""
+    top = folder / "clone"
+    shutil.copytree(pushed, top, ignore=shutil.ignore_patterns("data", "models", "cache", "tmp", "__pycache__"))
+    assert not (top / ".dvc/cache").exists() and not (top / "models").exists()
+    return top
+
+
+def test_a_colleague_gets_every_out_and_runs_nothing(pushed, tmp_path):
+    top = clone(pushed, tmp_path)
+    dvc(top, "pull", "--run-cache")
+    for name in ("data", "models"):
+        assert contents(top / name) == contents(pushed / name)
+    assert "Running stage" not in dvc(top, "repro", "sft")
+
+
+def test_what_others_have_run_is_not_run_again(pushed, tmp_path):
+    top = clone(pushed, tmp_path)
+    (top / "dvc.lock").unlink()
+    dvc(top, "fetch", "--run-cache")
+    said = dvc(top, "repro", "split")
+    assert "Running stage" not in said and "is cached" in said
+    assert contents(top / "data/sft") == contents(pushed / "data/sft")
+
+
+def test_a_machine_pulls_its_inputs_and_pushes_its_outputs(pushed, tmp_path, monkeypatch):
+    """All that `transfer: remote` does, with a folder for the machine."""
+    top = clone(pushed, tmp_path)
+    dvc(top, "pull", "split", "student")
+    monkeypatch.chdir(top)
+    place = compute.Stage(transfer="remote", lock="requirements.lock", dirty=True)
+    doing = launch.work("sft", [], place.lock)
+    sent = tmp_path / "sent"
+    launch.gather(sent, doing, place, None)
+    assert not (sent / "models").exists() and "hush" not in str(contents(sent))
+    done = subprocess.run(
+        [sys.executable, "-m", "apprentice.node"],
+        cwd=sent,
+        env=environment(tmp_path / "cache"),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    outcome = json.loads((sent / ".apprentice/outcome.json").read_text())
+    shutil.rmtree(top / "metrics")
+    launch._bring(None, doing, place, outcome)
+    assert contents(top / "models/sft") == contents(sent / "models/sft") == contents(pushed / "models/sft")
+    assert (top / "metrics/sft.json").read_bytes() == (pushed / "metrics/sft.json").read_bytes()
+    assert "hush" not in done.stdout + done.stderr

@@ -1,0 +1,204 @@
+"""`make test-sky`: SkyPilot, as it is, runs the real sft stage on a one-node Slurm, and it is as if it ran here."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from closure import ROOT
+from ruamel.yaml import YAML
+from test_launch import SCHEMA
+from test_pipeline import SMALL, checkout, contents, environment
+
+CACHE = Path(os.environ["HOME"]).parent
+"""The folder of tests/slurm/start.sh."""
+SHARED = CACHE / "shared"
+SETTINGS = SMALL | {"profiles.tiny.sft.epochs": 12, "profiles.tiny.sft.early_stopping_patience": None}
+OFFLINE = {"UV_OFFLINE": "1", "UV_NO_INDEX": "1", "UV_PYTHON_DOWNLOADS": "never", "UV_FIND_LINKS": f"{CACHE}/wheels"}
+SECRET = "hush-4242"
+yaml = YAML(typ="safe")
+
+
+def compute(top: Path, **place) -> None:
+    """Send sft to Slurm."""
+    sft = {"where": "sky", "accelerators": "H200:2", "any_of": [{"infra": "slurm"}], "lock": "requirements.lock"}
+    sft |= {"max_hourly_usd": 8.0, "max_total_usd": 5.0, "environment": OFFLINE, "secrets": ["HF_TOKEN"], **place}
+    with (top / "compute.yaml").open("w") as file:
+        YAML().dump({"stages": {"sft": sft}}, file)
+
+
+def settings(top: Path, **changes) -> None:
+    tree = yaml.load((top / "params.yaml").read_text())
+    tree["profiles"]["tiny"]["sft"] |= changes
+    with (top / "params.yaml").open("w") as file:
+        yaml.dump(tree, file)
+
+
+def committed(top: Path) -> None:
+    identity = ["-c", "user.name=test", "-c", "user.email=test@example.org"]
+    subprocess.run(["git", "add", "--all"], cwd=top, check=True)
+    subprocess.run(["git", *identity, "commit", "--quiet", "--allow-empty", "--message", "test"], cwd=top, check=True)
+
+
+def begin(top: Path, *command: str) -> subprocess.Popen:
+    log = (top.parent / f"{top.name}.log").open("ab")
+    return subprocess.Popen(
+        [sys.executable, "-m", *command],
+        cwd=top,
+        env=environment(top.parent / "cache") | {"HF_TOKEN": SECRET},
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+
+
+def log(top: Path) -> str:
+    return (top.parent / f"{top.name}.log").read_text(errors="replace")
+
+
+def ended(top: Path, process: subprocess.Popen, seconds: float = 600) -> int:
+    try:
+        return process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        raise AssertionError(log(top)[-5000:]) from None
+
+
+def until(top: Path, process: subprocess.Popen, condition, seconds: float = 600) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None and time.monotonic() < end, log(top)[-5000:]
+        time.sleep(0.2)
+
+
+def sky(*arguments: str) -> str:
+    done = subprocess.run([ROOT / ".venv-sky/bin/sky", *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def jobs() -> list[str]:
+    """Names of what runs on the cluster."""
+    done = subprocess.run(["squeue", "--noheader", "--format=%j"], capture_output=True, text=True, check=True)
+    return done.stdout.split()
+
+
+def checkpoints() -> int:
+    return len(list(SHARED.glob("sft/*/checkpoint-*/trainer_state.json")))
+
+
+def locked(top: Path) -> dict:
+    """dvc.lock without how long a stage took, which nothing depends on."""
+    stages = yaml.load((top / "dvc.lock").read_text())["stages"]
+    for stage in stages.values():
+        stage["outs"] = [out for out in stage["outs"] if not out["path"].startswith("metrics/times/")]
+    return stages
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory) -> Path:
+    """A checkout where the pipeline has run up to sft, on this machine."""
+    folder = tmp_path_factory.mktemp("here")
+    top = checkout(folder / "here", SETTINGS)
+    (top / "compute.yaml").unlink()
+    committed(top)
+    assert ended(top, begin(top, "dvc", "repro", "sft")) == 0, log(top)[-5000:]
+    return top
+
+
+@pytest.fixture(scope="module")
+def there(here, tmp_path_factory) -> Path:
+    """Another, with all that sft needs, which sends it to Slurm."""
+    top = checkout(tmp_path_factory.mktemp("there") / "there", SETTINGS)
+    SHARED.mkdir(mode=0o777, exist_ok=True)
+    SHARED.chmod(0o1777)
+    compute(top, checkpoints=str(SHARED))
+    (top / ".venv-sky").symlink_to(ROOT / ".venv-sky")
+    for name in ("data", "models/base", "metrics", ".dvc/cache/files"):  # but nothing of what has been run
+        shutil.copytree(here / name, top / name)
+    lock = yaml.load((here / "dvc.lock").read_text())
+    made = lock["stages"].pop("sft")["outs"]
+    with (top / "dvc.lock").open("w") as file:
+        YAML().dump(lock, file)
+    for out in made:
+        if out["path"].startswith("metrics/"):
+            (top / out["path"]).unlink()
+    committed(top)
+    return top
+
+
+def test_the_schema_that_task_files_are_checked_by_is_skypilots_own():
+    code = (
+        "import json; from sky.utils import schemas; "
+        "print(json.dumps({'task': schemas.get_task_schema(), 'resources': schemas.get_resources_schema(), "
+        "'storage': schemas.get_storage_schema()}))"
+    )
+    done = subprocess.run([ROOT / ".venv-sky/bin/python", "-c", code], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout.splitlines()[-1]) == json.loads(SCHEMA.read_text())
+
+
+def test_a_price_over_the_limit_starts_nothing(there):
+    compute(there, checkpoints=str(SHARED), max_hourly_usd=5.0)
+    assert ended(there, begin(there, "dvc", "repro", "sft")) != 0
+    assert "max_hourly_usd is $5.00, and the cheapest machine is $7.00 an hour" in log(there)
+    assert not jobs()
+    compute(there, checkpoints=str(SHARED))
+
+
+def test_a_machine_taken_away_is_replaced_and_training_goes_on(there):
+    process = begin(there, "dvc", "repro", "sft")
+    until(there, process, lambda: checkpoints() > 0)
+    (name,) = jobs()
+    subprocess.run(["scancel", "--name", name], check=True)
+    assert ended(there, process) != 0
+    assert "sft" not in yaml.load((there / "dvc.lock").read_text())["stages"]
+    assert not (there / "models/sft").exists()
+
+
+def test_ctrl_c_leaves_it_running_and_a_rerun_follows_it(there):
+    process = begin(there, "dvc", "repro", "sft")
+    until(there, process, lambda: "resuming" in log(there).lower() or re.search(r"\d+/\d+ \[", log(there)[-4000:]))
+    os.killpg(process.pid, signal.SIGINT)
+    assert ended(there, process) != 0
+    assert "goes on; run the same command again to follow it" in log(there)
+    assert len(jobs()) == 1 and not (there / "models/sft").exists()
+    status = begin(there, "apprentice.cli", "launch", "--status")
+    assert ended(there, status) == 0 and re.search(r"sft +(RUNNING|SUCCEEDED) +apprentice-sft-", log(there))
+
+    again = begin(there, "dvc", "repro", "sft")
+    assert ended(there, again) == 0, log(there)[-5000:]
+    assert "which was started before" in log(there)
+
+
+def test_what_comes_back_is_as_if_it_had_run_here(here, there):
+    assert contents(there / "models/sft") == contents(here / "models/sft")
+    assert (there / "metrics/sft.json").read_bytes() == (here / "metrics/sft.json").read_bytes()
+    for name in ("sft_train", "sft_val"):
+        path = f"metrics/plots/{name}.csv"
+        assert (there / path).read_bytes() == (here / path).read_bytes()
+    assert locked(there) == locked(here)
+
+
+def test_moving_a_stage_reruns_nothing(there):
+    (there / "compute.yaml").unlink()
+    process = begin(there, "dvc", "repro", "sft")
+    assert ended(there, process) == 0 and "Running stage 'sft'" not in log(there)[-600:]
+    compute(there)
+
+
+def test_a_failing_stage_returns_its_code_and_its_log(there):
+    settings(there, max_length=1)
+    committed(there)
+    assert ended(there, begin(there, "apprentice.cli", "launch", "sft")) == 1
+    said = log(there)
+    assert "has no row of at most 1 tokens" in said and "ended with exit code 1" in said
+
+
+def test_nothing_stays(there):
+    assert json.loads(sky("status", "-o", "json")) == [] and not jobs()
+    assert SECRET not in log(there)

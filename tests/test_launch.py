@@ -1,0 +1,263 @@
+"""A stage runs on another machine as it runs here; what would not work there is said before anything is started."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jsonschema
+import pytest
+from closure import ROOT
+from ruamel.yaml import YAML
+from typer.testing import CliRunner
+
+from apprentice import compute, launch, node
+from apprentice.cli import application
+from apprentice.command import WorkError
+from apprentice.ledger import digest
+from apprentice.params import ConfigError
+
+SCHEMA = ROOT / "tests" / "slurm" / "schema.json"
+"""SkyPilot's own, of the version in requirements-sky.lock; `make test-sky` compares it with the program's."""
+PLACES = {
+    "cloud": {"accelerators": "H200:2", "any_of": [{"infra": "nebius", "use_spot": True}, {"infra": "kubernetes"}]},
+    "slurm": {"accelerators": "H200:4", "any_of": [{"infra": "slurm/mine"}], "disk_size": None, "cpus": "16+"},
+    "anywhere": {"max_hourly_usd": 9.5, "environment": {"WANDB_MODE": "offline"}, "secrets": ["HF_TOKEN"]},
+    "managed": {"managed": True, "transfer": "remote", "checkpoints": "s3://bucket/here", "memory": "64+"},
+    "shared": {"checkpoints": "/shared/apprentice", "autostop_minutes": 5, "teardown": False},
+}
+DOING = launch.Work("sft", (), ("models/base",), (launch.Out("models/sft", True),), "apprentice-sft-0123456789")
+
+
+def place(**settings) -> compute.Stage:
+    return compute.Stage.model_validate(settings)
+
+
+def problems(task: dict) -> list[str]:
+    """What SkyPilot's schema has against a task."""
+
+    def any_case(validator, allowed, found, schema):
+        if found.lower() not in [value.lower() for value in allowed]:
+            yield jsonschema.ValidationError(f"{found} is not one of {allowed}")
+
+    checker = jsonschema.validators.extend(jsonschema.Draft7Validator, {"case_insensitive_enum": any_case})
+    schemas = json.loads(SCHEMA.read_text())
+    found = [*checker(schemas["task"]).iter_errors(task), *checker(schemas["resources"]).iter_errors(task["resources"])]
+    for mount in task.get("file_mounts", {}).values():
+        found += checker(schemas["storage"]).iter_errors(mount)
+    return [error.message for error in found]
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_a_task_is_one_by_skypilots_own_schema(monkeypatch, name):
+    monkeypatch.chdir(ROOT)
+    task = launch.task(DOING, place(**PLACES[name]), "/somewhere")
+    assert problems(task) == []
+    assert "python -m apprentice.node" in task["run"] and "$APPRENTICE_LOCK" in task["setup"]
+
+
+def test_the_committed_compute_yaml_makes_such_tasks(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for stage in compute.load().stages.values():
+        assert problems(launch.task(DOING, stage, "/somewhere")) == []
+
+
+@pytest.mark.parametrize("change", [{"resources": {"gpu": 2}}, {"setups": "x"}, {"num_nodes": "two"}])
+def test_a_task_that_is_none_is_noticed(monkeypatch, change):
+    monkeypatch.chdir(ROOT)
+    assert problems(launch.task(DOING, place(), "/somewhere") | change)
+
+
+def test_secrets_are_in_a_task_by_name_only(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("HF_TOKEN", "hush")
+    monkeypatch.setenv("COLOUR", "green")
+    task = launch.task(DOING, place(secrets=["HF_TOKEN"], environment={"COLOUR": None}), "/somewhere")
+    assert task["secrets"] == {"HF_TOKEN": None} and "hush" not in json.dumps(task)
+    assert task["envs"]["COLOUR"] == "green"
+
+
+def test_the_price_is_that_of_the_chosen_machine():
+    said = " Nebius  x  16  200  H200:2  9.10\n Slurm (a)  -  8  32  H200:2  7.00   \x1b[32m   ✔\x1b[0m   \n"
+    assert launch.price_of(said) == 7.0
+    assert launch.price_of("nothing") is None
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch) -> Path:
+    """A committed checkout in which sft can run, its inputs a few bytes."""
+    top = tmp_path / "checkout"
+    listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    files = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True).stdout.splitlines()
+    for name in files:
+        if name.startswith(("src/", "stages/", "sky/", ".dvc", ".gitignore")) or "/" not in name:
+            (top / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, top / name)
+    for name in ("data/sft/train.jsonl", "data/sft/val.jsonl", "models/base/config.json"):
+        (top / name).parent.mkdir(parents=True, exist_ok=True)
+        (top / name).write_text(name)
+    monkeypatch.chdir(top)
+    subprocess.run(["git", "init", "--quiet"], check=True)
+    commit()
+    return top
+
+
+def commit() -> None:
+    identity = ["-c", "user.name=test", "-c", "user.email=test@example.org"]
+    subprocess.run(["git", "add", "--all"], check=True)
+    subprocess.run(["git", *identity, "commit", "--quiet", "--message", "test"], check=True)
+
+
+def doing(lock: str = "requirements.lock") -> launch.Work:
+    return launch.work("sft", [], lock)
+
+
+def test_what_a_stage_reads_and_makes_is_what_dvc_yaml_says(checkout):
+    found = doing()
+    assert set(found.inputs) == {"data/sft/train.jsonl", "data/sft/val.jsonl", "models/base"}
+    assert {"models/sft", "metrics/sft.json", "metrics/plots/sft_val.csv"} <= {out.path for out in found.outs}
+    assert [out.path for out in found.outs if out.cached] == ["models/sft"]
+
+
+def test_a_cluster_is_named_by_all_that_shapes_the_outputs(checkout):
+    before = doing().name
+    for name in ("README.md", "compute.yaml", "src/apprentice/launch.py"):
+        Path(name).write_text(Path(name).read_text() + "\n# changed\n")
+        assert doing().name == before, name
+    for name in ("models/base/config.json", "src/apprentice/training.py", "requirements.lock"):
+        Path(name).write_text(Path(name).read_text() + "\n# changed\n")
+        assert doing().name != before, name
+        before = doing().name
+    tree = YAML(typ="safe").load(Path("params.yaml").read_text())
+    tree["profiles"]["tiny"]["sft"]["learning_rate"] = 0.5
+    with Path("params.yaml").open("w") as file:
+        YAML().dump(tree, file)
+    assert doing().name != before
+    assert launch.work("sft", ["--again"], "requirements.lock").name != doing().name
+
+
+def test_an_input_that_is_not_there_is_named(checkout):
+    Path("data/sft/val.jsonl").unlink()
+    with pytest.raises(ConfigError, match=r"sft needs data/sft/val.jsonl: run dvc repro sft"):
+        doing()
+    with pytest.raises(ConfigError, match=r"there is no requirements-none.lock"):
+        Path("data/sft/val.jsonl").touch()
+        doing("requirements-none.lock")
+
+
+def test_only_what_is_committed_is_sent_unless_said(checkout, tmp_path):
+    unused = launch.Sky(launch.PROGRAM)
+    Path("stages/sft.py").write_text("# mine\n")
+    Path("dvc.lock").touch()
+    Path("metrics").mkdir()
+    Path("metrics/split.json").touch()
+    with pytest.raises(
+        ConfigError, match=r"in no commit \(stages/sft.py\): commit them, or say so by stages.sft.dirty"
+    ):
+        launch.check(unused, doing(), place())
+    Path("notes.txt").touch()
+    with pytest.raises(ConfigError, match=r"notes.txt"):
+        launch.check(unused, doing(), place())
+
+
+def test_a_secret_that_is_not_set_is_named(checkout, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    with pytest.raises(ConfigError, match=r"stages.sft names HF_TOKEN, which is not set here: export HF_TOKEN=…"):
+        launch.check(launch.Sky(launch.PROGRAM), doing(), place(secrets=["HF_TOKEN"]))
+
+
+def test_the_remote_has_to_be_there_to_be_used(checkout):
+    with pytest.raises(ConfigError, match="DVC has no default remote: dvc remote add --default"):
+        launch.check(launch.Sky(launch.PROGRAM), doing(), place(transfer="remote"))
+
+
+def stage(top: Path, *arguments: str) -> subprocess.CompletedProcess:
+    environment = {name: value for name, value in os.environ.items() if name != "APPRENTICE_HERE"}
+    environment["PYTHONPATH"] = str(top / "src")
+    return subprocess.run(
+        [sys.executable, "stages/sft.py", *arguments], cwd=top, env=environment, capture_output=True, text=True
+    )
+
+
+def test_a_stage_that_should_run_elsewhere_does_not_run_here(checkout):
+    Path("compute.yaml").write_text("stages: {sft: {where: sky, lock: requirements.lock}}\n")
+    done = stage(checkout)
+    assert done.returncode == 2 and not Path("models/sft").exists()
+    assert done.stderr.strip() == "SkyPilot is not there: run make sky, which gives it an environment of its own"
+    assert "Train the adapter" in stage(checkout, "--help").stdout
+
+
+def test_what_is_sent_has_the_inputs_and_neither_secrets_nor_rubbish(checkout, tmp_path):
+    Path(".env").write_text("KEY=hush")
+    Path(".gitignore").write_text(Path(".gitignore").read_text() + "/.env\n")
+    Path(".dvc/config.local").write_text("[core]\n")
+    launch.gather(tmp_path / "sent", doing(), place(dirty=True), 60.0)
+    sent = {str(file.relative_to(tmp_path / "sent")) for file in (tmp_path / "sent").rglob("*") if file.is_file()}
+    assert {"models/base/config.json", "data/sft/train.jsonl", "stages/sft.py", ".apprentice/work.json"} <= sent
+    assert not {".env", ".dvc/config.local"} & sent and not any(name.startswith(".git/") for name in sent)
+    assert digest(tmp_path / "sent" / "models/base") == digest(Path("models/base"))
+
+
+def sent(tmp_path: Path, code: str, **told) -> Path:
+    """A folder as a machine gets it, with a stage that is this code."""
+    top = tmp_path / "sent"
+    (top / "stages").mkdir(parents=True)
+    (top / "stages" / "sft.py").write_text(f"from pathlib import Path\nimport os, sys, time\n{code}\n")
+    (top / ".apprentice").mkdir()
+    work = {"stage": "sft", "arguments": [], "inputs": [], "outs": [], "transfer": "rsync", "seconds": None} | told
+    (top / ".apprentice" / "work.json").write_text(json.dumps(work))
+    return top
+
+
+def on_machine(top: Path) -> tuple[int, dict, str]:
+    """The exit code, the record, and the log."""
+    done = subprocess.run(
+        [sys.executable, "-m", "apprentice.node"], cwd=top, capture_output=True, text=True, timeout=300
+    )
+    outcome = json.loads((top / ".apprentice" / "outcome.json").read_text())
+    assert json.loads(done.stdout.splitlines()[-1].removeprefix(node.MARK)) == outcome
+    return done.returncode, outcome, done.stdout
+
+
+def test_a_machine_records_what_was_made(tmp_path):
+    code = "assert os.environ['APPRENTICE_HERE']\nPath('out').mkdir()\nPath('out/a').write_text(sys.argv[1])"
+    top = sent(tmp_path, code, arguments=["made"], outs=[{"path": "out", "cached": True}])
+    code, outcome, _ = on_machine(top)
+    assert code == outcome["exit_code"] == 0
+    assert outcome["digests"] == {"out": digest(top / "out")} and (top / "out" / "a").read_text() == "made"
+
+
+@pytest.mark.parametrize("code", [1, 2, 130, 7])
+def test_a_machine_passes_the_stages_own_exit_code_on(tmp_path, code):
+    ended, outcome, said = on_machine(sent(tmp_path, f"print('why', flush=True); sys.exit({code})"))
+    assert ended == outcome["exit_code"] == code and "why" in said and not outcome["digests"]
+
+
+def test_a_stage_that_costs_too_much_is_stopped(tmp_path):
+    code = "try:\n    time.sleep(600)\nexcept KeyboardInterrupt:\n    Path('asked').touch()\n    sys.exit(130)"
+    top = sent(tmp_path, code, seconds=3.0)
+    assert on_machine(top)[0] == node.TIME_IS_UP and (top / "asked").exists()
+    assert on_machine(top)[0] == node.TIME_IS_UP, "a rerun on the same machine has no more time"
+
+
+def test_a_broken_output_is_not_taken(checkout, monkeypatch):
+    def broken(name, paths, folder):
+        (folder / "models").mkdir()
+        (folder / "models/sft").write_text("half")
+
+    monkeypatch.setattr(launch, "_rsync", broken)
+    outcome = {"digests": {"models/sft": "of the whole"}}
+    with pytest.raises(WorkError, match="models/sft came broken; run the same command again"):
+        launch._bring(launch.Sky(launch.PROGRAM), DOING, place(), outcome)
+    assert not Path("models/sft").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [([], "name a stage"), (["sft", "--logs", "--stop"], "choose one"), (["collect"], "there is no stages.collect")],
+)
+def test_the_command_says_what_it_wants(checkout, arguments, said):
+    with pytest.raises(ConfigError, match=said):
+        CliRunner().invoke(application, ["launch", *arguments], catch_exceptions=False, standalone_mode=False)
