@@ -28,7 +28,7 @@ PLACES = {
     "managed": {"managed": True, "transfer": "remote", "checkpoints": "s3://bucket/here", "memory": "64+"},
     "shared": {"checkpoints": "/shared/apprentice", "autostop_minutes": 5, "teardown": False},
 }
-DOING = launch.Work("sft", (), ("models/base",), (launch.Out("models/sft", True),), "apprentice-sft-0123456789")
+DOING = launch.Work("sft", (), "sft", ("models/base",), (launch.Out("models/sft", True),), "apprentice-sft-0123456789")
 
 
 def place(**settings) -> compute.Stage:
@@ -135,7 +135,16 @@ def test_a_cluster_is_named_by_all_that_shapes_the_outputs(checkout):
     with Path("params.yaml").open("w") as file:
         YAML().dump(tree, file)
     assert doing().name != before
-    assert launch.work("sft", ["--again"], "requirements.lock").name != doing().name
+
+
+def test_students_play_the_benchmark_there_and_agents_without_weights_here(checkout):
+    Path("models/sft").mkdir()
+    student = launch.work("benchmark", ["sft"], "requirements.lock")
+    assert student.target == "benchmark_student@sft" and set(student.inputs) == {"models/base", "models/sft"}
+    Path("stages/benchmark.py").write_text("import os, sys; sys.exit(int(os.environ['APPRENTICE_HERE']) + 6)")
+    assert launch.run("benchmark", ["noop"], place(where="sky", lock="requirements.lock")) == 7
+    with pytest.raises(ConfigError, match=r"dvc.yaml has no stage that runs python stages/benchmark.py nobody"):
+        launch.work("benchmark", ["nobody"], "requirements.lock")
 
 
 def test_an_input_that_is_not_there_is_named(checkout):
@@ -206,7 +215,15 @@ def sent(tmp_path: Path, code: str, **told) -> Path:
     (top / "stages").mkdir(parents=True)
     (top / "stages" / "sft.py").write_text(f"from pathlib import Path\nimport os, sys, time\n{code}\n")
     (top / ".apprentice").mkdir()
-    work = {"stage": "sft", "arguments": [], "inputs": [], "outs": [], "transfer": "rsync", "seconds": None} | told
+    work = {
+        "stage": "sft",
+        "target": "sft",
+        "arguments": [],
+        "inputs": [],
+        "outs": [],
+        "transfer": "rsync",
+        "seconds": None,
+    } | told
     (top / ".apprentice" / "work.json").write_text(json.dumps(work))
     return top
 

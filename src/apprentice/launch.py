@@ -51,6 +51,8 @@ class Work:
 
     stage: str
     arguments: tuple[str, ...]
+    target: str
+    """Its name in dvc.yaml; with the key, where there are several: benchmark_student@sft."""
     inputs: tuple[str, ...]
     """Files and folders that it needs and that are not in git."""
     outs: tuple[Out, ...]
@@ -59,17 +61,21 @@ class Work:
 
 
 def work(stage: str, arguments: list[str], lock: str) -> Work:
-    """What dvc.yaml says about a stage. Raises ConfigError for an input that is not there."""
+    """What dvc.yaml says about a stage, known by its command. Raises ConfigError for an input that is not there."""
     from dvc.dependency import ParamsDependency
     from dvc.repo import Repo
 
     with Repo() as repo:
-        loaded = repo.stage.load_one(name=stage)
+        command = " ".join(["python", f"stages/{stage}.py", *arguments])
+        loaded = next((known for known in repo.index.stages if getattr(known, "cmd", None) == command), None)
+        if loaded is None:
+            raise ConfigError(f"dvc.yaml has no stage that runs {command}")
+        target = loaded.addressing
         shaping = {dep.def_path: dep.read_params() for dep in loaded.deps if isinstance(dep, ParamsDependency)}
         files = [dep.def_path for dep in loaded.deps if not isinstance(dep, ParamsDependency)]
         outs = tuple(Out(out.def_path, out.use_cache) for out in loaded.outs)
     if missing := [path for path in files if not Path(path).exists()]:
-        raise ConfigError(f"{stage} needs {', '.join(missing)}: run dvc repro {stage}, which makes what is missing")
+        raise ConfigError(f"{target} needs {', '.join(missing)}: run dvc repro {target}, which makes what is missing")
     if not Path(lock).is_file():
         raise ConfigError(f"compute.yaml: stages.{stage}.lock: there is no {lock}")
     tracked = _sent(True)
@@ -77,7 +83,7 @@ def work(stage: str, arguments: list[str], lock: str) -> Work:
     named = {"stage": stage, "arguments": arguments, "params": shaping}
     named["files"] = {path: digest(Path(path)) for path in (*files, lock)}
     shaped = hashlib.sha256(json.dumps(named, sort_keys=True, default=str).encode()).hexdigest()
-    return Work(stage, tuple(arguments), inputs, outs, f"apprentice-{stage}-{shaped[:10]}")
+    return Work(stage, tuple(arguments), target, inputs, outs, f"apprentice-{stage}-{shaped[:10]}")
 
 
 def task(doing: Work, place: compute.Stage, folder: str) -> dict:
@@ -113,8 +119,11 @@ def run(stage: str, arguments: list[str], place: compute.Stage) -> int:
 
     Raises ConfigError for what would not work, before anything is started, and WorkError.
     """
-    sky = _program()
     doing = work(stage, arguments, place.lock)
+    if stage == "benchmark" and not doing.inputs:  # an agent without weights: no work for a GPU
+        environment = os.environ | {"APPRENTICE_HERE": "1"}
+        return subprocess.call([sys.executable, f"stages/{stage}.py", *arguments], env=environment)
+    sky = _program()
     with _alone(doing.name):
         job = _find(sky, doing, place)
         if job is None:
@@ -374,6 +383,7 @@ def gather(folder: Path, doing: Work, place: compute.Stage, seconds: float | Non
     (folder / FOLDER).mkdir()
     told = {
         "stage": doing.stage,
+        "target": doing.target,
         "arguments": list(doing.arguments),
         "inputs": list(doing.inputs),
         "outs": [vars(out) for out in doing.outs],

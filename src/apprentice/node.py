@@ -44,8 +44,8 @@ def main() -> int:
     if code == 0 and remote:
         outcome["texts"] = {out["path"]: Path(out["path"]).read_text() for out in work["outs"] if not out["cached"]}
         stored = [out["path"] for out in work["outs"] if out["cached"]]
-        outcome["exit_code"] = _dvc("commit", "--force", work["stage"]) or _dvc("push", *stored)
-        locked = YAML(typ="safe").load(Path("dvc.lock").read_text())["stages"][work["stage"]]["outs"]
+        outcome["exit_code"] = _dvc("commit", "--force", work["target"]) or _dvc("push", *stored)
+        locked = YAML(typ="safe").load(Path("dvc.lock").read_text())["stages"][work["target"]]["outs"]
         outcome["stored"] = [out for out in locked if out["path"] in stored]
     text = json.dumps(outcome)
     (FOLDER / "outcome.json").write_text(text)
