@@ -151,7 +151,11 @@ def test_a_changed_parameter_reruns_what_depends_on_it_and_nothing_else(reposito
     assert rerun(repository) == after(*stages)
 
 
-@pytest.mark.parametrize("module", sorted(file.name for file in PACKAGE.glob("*.py")))
+# Each stage imports some of these; that dvc.yaml has all the others as well is tested above.
+CHANGED = ("world", "chat", "imports", "quality", "pretraining", "sft", "grpo", "local", "score", "report", "compute")
+
+
+@pytest.mark.parametrize("module", [f"{name}.py" for name in CHANGED])
 def test_a_changed_module_reruns_the_stages_that_import_it_and_nothing_else(repository, module):
     file = repository / "src" / "apprentice" / module
     file.write_text(file.read_text() + "\n# changed\n")

@@ -15,6 +15,7 @@ from closure import ROOT
 from ruamel.yaml import YAML
 
 yaml = YAML(typ="safe")
+yaml.sort_base_mapping_type_on_output = False
 TRAINING = ("sft", "rl")
 SMALL = {
     "teachers.expert.seeds": "0-5",

@@ -139,7 +139,7 @@ def test_an_answer_does_not_depend_on_who_else_is_asked(tiny, episode):
     rows = _prompts(processor, episode, 6)
     draws = np.random.default_rng(0).random((6, 6))
     together = local.generate(model, processor, rows, draws, 1.0)
-    for encoded, draw, (ids, logprobs) in zip(rows, draws, together, strict=True):
+    for encoded, draw, (ids, logprobs, _) in zip(rows, draws, together, strict=True):
         (alone, alone_logprobs, _), *_ = local.generate(model, processor, [encoded], draw[None], 1.0)
         assert alone == ids
         np.testing.assert_allclose(alone_logprobs, logprobs, atol=1e-4)
