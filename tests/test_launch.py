@@ -85,6 +85,15 @@ def test_the_price_is_that_of_the_chosen_machine():
     assert launch.price_of("nothing") is None
 
 
+def test_what_skypilot_says_beside_its_json_is_left_out(tmp_path):
+    program = tmp_path / "sky"
+    program.write_text(
+        '#!/bin/sh\nprintf \'\\033[2mStarting a server.\\033[0m\\n[\\n  {"a": "[x]"}\\n]\\n\\033[0m done\\n\'\n'
+    )
+    program.chmod(0o755)
+    assert launch.Sky(program).json("status") == [{"a": "[x]"}]
+
+
 @pytest.fixture
 def checkout(tmp_path, monkeypatch) -> Path:
     """A committed checkout in which sft can run, its inputs a few bytes."""

@@ -30,7 +30,17 @@ from apprentice.params import ConfigError
 
 PROGRAM = Path(".venv-sky/bin/sky")
 TASK = Path("sky/task.yaml")
-ACTIVE = ("INIT", "PENDING", "SETTING_UP", "RUNNING", "SUBMITTED", "STARTING", "RECOVERING", "CANCELLING")
+ACTIVE = (
+    "INIT",
+    "PENDING",
+    "SETTING_UP",
+    "RUNNING",
+    "SUBMITTED",
+    "STARTING",
+    "RECOVERING",
+    "WINDING_DOWN",
+    "CANCELLING",
+)
 """States of a job that has not ended; SkyPilot's names, of clusters' jobs and of managed ones."""
 _MADE_BY_REPRO = ("dvc.lock", "metrics/", "compute.yaml")
 """What may differ from the last commit: dvc repro writes it, or it changes no result."""
@@ -209,8 +219,13 @@ def show(stage: str, arguments: list[str], place: compute.Stage) -> None:
 
 def price_of(dryrun: str) -> float | None:
     """Dollars an hour of the chosen machine in what `sky launch --dryrun` prints; None if it names none."""
-    found = re.search(r"(\d+\.\d+)\s+✔", re.sub(r"\x1b\[[0-9;]*m", "", dryrun))
+    found = re.search(r"(\d+\.\d+)\s+✔", plain(dryrun))
     return float(found[1]) if found else None
+
+
+def plain(text: str) -> str:
+    """Without a terminal's colours."""
+    return re.sub(r"\x1b\[[0-9;]*m", "", text)
 
 
 def status() -> list[dict[str, str]]:
@@ -264,8 +279,12 @@ class Sky:
 
     def json(self, *arguments: str):
         """What it prints with --output json."""
-        said = self.text(*arguments, "--output", "json")
-        return json.loads(said[min((said.find(bracket) for bracket in "[{" if bracket in said), default=0) :])
+        said = plain(self.text(*arguments, "--output", "json"))
+        # It may say before that it starts its server.
+        begins = re.search(r"^[\[{]", said, re.MULTILINE)
+        if begins is None:
+            raise WorkError(f"sky {arguments[0]} gave no JSON:\n{said}")
+        return json.JSONDecoder().raw_decode(said, begins.start())[0]
 
     def costs(self) -> list[dict]:
         """Every cluster there was, with `name` and `total_cost` in dollars."""
@@ -337,8 +356,6 @@ def _alone(name: str) -> Iterator[None]:
 def _jobs(sky: Sky, name: str, managed: bool) -> dict | None:
     """The last job of this name, with `job_id` and `status`; None if there is none."""
     if managed:
-        if not any(known["is_managed"] or "jobs-controller" in known["name"] for known in sky.json("status")):
-            return None
         found = [job for job in sky.json("jobs", "queue") if job["job_name"] == name]
     else:
         clusters = {known["name"]: known for known in sky.json("status", "--refresh", name)}
@@ -433,7 +450,7 @@ def _start(sky: Sky, doing: Work, place: compute.Stage, seconds: float | None) -
 
 
 def _follow(sky: Sky, doing: Work, place: compute.Stage) -> dict:
-    """Show the log until the job has ended. Returns the job."""
+    """Show the log until the job has ended, once if it has already. Returns the job."""
     broken = 0
     while True:
         job = _jobs(sky, doing.name, place.managed)
@@ -442,11 +459,11 @@ def _follow(sky: Sky, doing: Work, place: compute.Stage) -> dict:
                 f"{doing.stage}: {doing.name} is gone, taken away or down; run the same command again: it goes on from "
                 "the last checkpoint, if compute.yaml names a place for them"
             )
-        if job["status"] not in ACTIVE:
+        if job["status"] not in ACTIVE and broken:
             return job
         if broken > _TRIES:
             raise WorkError(f"{doing.stage}: the connection breaks; {doing.name} goes on: run the same command again")
-        if broken:
+        if broken > 1:
             time.sleep(min(60, 2**broken))
         broken += 1
         process = subprocess.Popen(

@@ -19,7 +19,7 @@ from test_pipeline import SMALL, checkout, contents, environment
 CACHE = Path(os.environ["HOME"]).parent
 """The folder of tests/slurm/start.sh."""
 SHARED = CACHE / "shared"
-SETTINGS = SMALL | {"profiles.tiny.sft.epochs": 12, "profiles.tiny.sft.early_stopping_patience": None}
+SETTINGS = SMALL | {"profiles.tiny.sft.epochs": 8, "profiles.tiny.sft.early_stopping_patience": None}
 OFFLINE = {"UV_OFFLINE": "1", "UV_NO_INDEX": "1", "UV_PYTHON_DOWNLOADS": "never", "UV_FIND_LINKS": f"{CACHE}/wheels"}
 SECRET = "hush-4242"
 yaml = YAML(typ="safe")
@@ -161,8 +161,9 @@ def test_a_machine_taken_away_is_replaced_and_training_goes_on(there):
 
 
 def test_ctrl_c_leaves_it_running_and_a_rerun_follows_it(there):
+    before = len(log(there))
     process = begin(there, "dvc", "repro", "sft")
-    until(there, process, lambda: "resuming" in log(there).lower() or re.search(r"\d+/\d+ \[", log(there)[-4000:]))
+    until(there, process, lambda: re.search(r"\d+/136 \[", log(there)[before:]))
     os.killpg(process.pid, signal.SIGINT)
     assert ended(there, process) != 0
     assert "goes on; run the same command again to follow it" in log(there)
@@ -173,6 +174,7 @@ def test_ctrl_c_leaves_it_running_and_a_rerun_follows_it(there):
     again = begin(there, "dvc", "repro", "sft")
     assert ended(there, again) == 0, log(there)[-5000:]
     assert "which was started before" in log(there)
+    assert not re.search(r"\b1/136 \[", log(there)[before:]), "it began anew"
 
 
 def test_what_comes_back_is_as_if_it_had_run_here(here, there):
@@ -188,6 +190,14 @@ def test_moving_a_stage_reruns_nothing(there):
     (there / "compute.yaml").unlink()
     process = begin(there, "dvc", "repro", "sft")
     assert ended(there, process) == 0 and "Running stage 'sft'" not in log(there)[-600:]
+    compute(there)
+
+
+def test_a_managed_job_is_planned(there):
+    compute(there, managed=True, transfer="remote", checkpoints=str(SHARED), dirty=True)
+    subprocess.run([sys.executable, "-m", "dvc", "remote", "add", "-d", "store", "s3://b"], cwd=there, check=True)
+    assert ended(there, begin(there, "apprentice.cli", "launch", "sft", "--plan")) == 0, log(there)[-5000:]
+    assert "Dryrun finished" in log(there)[-600:] and "autostop" not in log(there)[-3000:]
     compute(there)
 
 
