@@ -62,9 +62,9 @@ def dvc(top: Path, *arguments: str) -> str:
 
 @pytest.fixture(scope="module")
 def pushed(server, tmp_path_factory) -> Path:
-    """A checkout where sft and what comes before it has run and been pushed, the run-cache with it."""
+    """A checkout where all has run and been pushed, the run-cache with it."""
     top = checkout(tmp_path_factory.mktemp("pushed") / "checkout", SMALL)
-    dvc(top, "repro", "sft")
+    dvc(top, "repro")
     # As the README says it.
     dvc(top, "remote", "add", "--default", "store", "s3://bucket/apprentice")
     dvc(top, "remote", "modify", "store", "endpointurl", server)
@@ -85,7 +85,7 @@ def test_a_colleague_gets_every_out_and_runs_nothing(pushed, tmp_path):
     dvc(top, "pull", "--run-cache")
     for name in ("data", "models"):
         assert contents(top / name) == contents(pushed / name)
-    assert "Running stage" not in dvc(top, "repro", "sft")
+    assert "Running stage" not in dvc(top, "repro")
 
 
 def test_what_others_have_run_is_not_run_again(pushed, tmp_path):
