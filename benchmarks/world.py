@@ -159,6 +159,7 @@ def all_cores(episode) -> float:
 
 def through_play() -> float:
     """Steps per second of `play.record` with a random policy: as collect and benchmark play, ledger and all."""
+    from apprentice import store
     from apprentice.params import Prompt
     from apprentice.play import record
     from apprentice.policy import Scripted
@@ -167,7 +168,7 @@ def through_play() -> float:
         os.environ["APPRENTICE_CACHE"] = folder
         played = record(Scripted, ("random",), range(200), 10_000, Prompt(), fingerprint="speed", agent="random")
         start = time.perf_counter()
-        return sum(episode.length for episode in played) / (time.perf_counter() - start)
+        return sum(store.from_bytes(data).length for data in played) / (time.perf_counter() - start)
 
 
 def first_use(folder: str) -> dict[str, float]:

@@ -29,23 +29,14 @@ def main(name: str) -> None:
 
     from apprentice import store
 
-    totals = dict.fromkeys(("episodes", "decisions", "prompt_tokens", "completion_tokens"), 0)
-
-    def counted(episodes: Iterator) -> Iterator:
-        for episode in episodes:
-            totals["episodes"] += 1
-            totals["decisions"] += len(episode.steps)
-            totals["prompt_tokens"] += sum(step.reply.prompt_tokens for step in episode.steps)
-            totals["completion_tokens"] += sum(step.reply.completion_tokens for step in episode.steps)
-            yield episode
-
-    episodes = student(name, settings) if agent is None else without_weights(name, agent, benchmark)
-    store.write(Path(f"data/benchmark/{name}.parquet"), counted(episodes))
+    trace = Path(f"data/benchmark/{name}.parquet")
+    store.join(trace, student(name, settings) if agent is None else without_weights(name, agent, benchmark))
+    totals = store.totals(trace)
     write_metrics(f"benchmark/{name}", totals | {"cost_usd": dollars(name, agent, benchmark)})
     print(f"benchmark {name}: {totals['episodes']} episodes, {totals['decisions']} decisions")
 
 
-def without_weights(name: str, agent: params.Player, benchmark: params.Benchmark) -> Iterator:
+def without_weights(name: str, agent: params.Player, benchmark: params.Benchmark) -> Iterator[bytes]:
     """The episodes of a built-in policy, or of a model behind an endpoint."""
     from apprentice.ledger import code, fingerprint
 
@@ -69,7 +60,7 @@ def without_weights(name: str, agent: params.Player, benchmark: params.Benchmark
     )
 
 
-def student(name: str, settings: params.Params) -> Iterator:
+def student(name: str, settings: params.Params) -> Iterator[bytes]:
     """The episodes of the student with these weights, on vLLM or in process, as compute.yaml says."""
     from apprentice import compute, local, play, remote, serve
     from apprentice.ledger import digest, fingerprint

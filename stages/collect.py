@@ -36,31 +36,19 @@ def main(
 
     from apprentice import store
 
-    totals = dict.fromkeys(("episodes", "decisions", "prompt_tokens", "completion_tokens"), 0)
-    unlocked = steps = invalid = 0
-
-    def counted() -> Iterator:
-        nonlocal unlocked, steps, invalid
-        for episode in episodes(name, teacher):
-            unlocked, steps = unlocked + len(episode.unlocked), steps + episode.length
-            invalid += sum(bool(step.invalid) for step in episode.steps)
-            totals["episodes"] += 1
-            totals["decisions"] += len(episode.steps)
-            totals["prompt_tokens"] += sum(step.reply.prompt_tokens for step in episode.steps)
-            totals["completion_tokens"] += sum(step.reply.completion_tokens for step in episode.steps)
-            yield episode
-
-    rows = store.write(Path(f"data/traces/{name}.parquet"), counted())
+    trace = Path(f"data/traces/{name}.parquet")
+    store.join(trace, episodes(name, teacher))
+    totals = store.totals(trace)
     count = totals["episodes"]
     print(
-        f"collect {name}: {count} episodes, {rows} decisions ({invalid} invalid), {steps / count:.0f} steps and "
-        f"{unlocked / count:.1f} achievements an episode"
+        f"collect {name}: {count} episodes, {totals['decisions']} decisions ({totals['invalid']} invalid), "
+        f"{totals['steps'] / count:.0f} steps and {totals['unlocked'] / count:.1f} achievements an episode"
     )
     write_cost(name, teacher, totals)
 
 
-def episodes(name: str, teacher: params.Teacher) -> Iterator:
-    """The teacher's episodes in the order of its seeds, from the ledger or played now."""
+def episodes(name: str, teacher: params.Teacher) -> Iterator[bytes]:
+    """The teacher's episodes (`store.to_bytes`) in the order of its seeds, from the ledger or played now."""
     from apprentice.ledger import code
 
     if teacher.endpoint:

@@ -61,7 +61,7 @@ def completed(server: Server, tools=prompt.TOOLS, **changes) -> Completion:
 
 
 def recorded(teacher: Teacher, code: str = "code") -> list[Episode]:
-    return list(chat.record("gpt", teacher, code))
+    return list(map(store.from_bytes, chat.record("gpt", teacher, code)))
 
 
 def decisions(episodes: list[Episode]) -> int:
@@ -442,7 +442,7 @@ def test_more_seeds_and_more_steps_only_add():
 
 def _collect(environment: dict[str, str], settings: Teacher, out: Path) -> None:
     os.environ.update(environment)
-    store.write(out, chat.record("gpt", settings, "code"))
+    store.join(out, chat.record("gpt", settings, "code"))
 
 
 def in_a_process(function, *arguments) -> multiprocessing.Process:

@@ -6,9 +6,11 @@ more steps an episode or other code, pays for nothing again.
 """
 
 import asyncio
+import gc
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import uvloop
 from tqdm import tqdm
@@ -16,7 +18,7 @@ from tqdm import tqdm
 from apprentice import prompt, store
 from apprentice.client import Client, Failed, Stopped
 from apprentice.command import WorkError
-from apprentice.episode import Episode, Reply
+from apprentice.episode import Reply
 from apprentice.ledger import Replies, fingerprint, shown_digest
 from apprentice.params import Teacher
 from apprentice.play import play_one
@@ -76,8 +78,8 @@ class _Player:
         pass
 
 
-def record(name: str, teacher: Teacher, code: str, whose: str = "", opening: tuple[str, ...] = ()) -> Iterator[Episode]:
-    """The teacher's episodes in the order of its seeds; what isn't there yet is played first.
+def record(name: str, teacher: Teacher, code: str, whose: str = "", opening: tuple[str, ...] = ()) -> Iterator[bytes]:
+    """The teacher's episodes (`store.to_bytes`) in the order of its seeds; what isn't there yet is played first.
 
     code: the digest of what turns replies into episodes. whose: where its settings stand, for error messages, if not
     under teachers. opening: actions before the first decision, see `play_one`. Raises ConfigError when the endpoint
@@ -106,14 +108,28 @@ def record(name: str, teacher: Teacher, code: str, whose: str = "", opening: tup
                 bar.update()
 
             play = _play(policy, name, teacher, opening, missing, ended)
-            uvloop.run(play)  # a tenth faster than asyncio's own loop
+            with _garbage_collected_seldom():
+                uvloop.run(play)  # a tenth faster than asyncio's own loop
         if policy.stopped:
             raise policy.stopped
         if len(failures) > endpoint.max_failure_rate * len(seeds) or len(failures) == len(seeds):
             raise _too_many(name, teacher, failures)
         if failures:
             print(f"collect {name}: left out, for the next run to try again: {_counted(failures)}", file=sys.stderr)
-        yield from replies.episodes(run, (seed for seed in seeds if seed not in failures))
+        yield from replies.records(run, (seed for seed in seeds if seed not in failures))
+
+
+@contextmanager
+def _garbage_collected_seldom() -> Iterator[None]:
+    """A tenth of the time went into looking again and again at all that was imported and played."""
+    thresholds = gc.get_threshold()
+    gc.freeze()
+    gc.set_threshold(10_000, 20, 100)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*thresholds)
+        gc.unfreeze()
 
 
 async def _play(

@@ -10,7 +10,6 @@ import base64
 import json
 import os
 import random
-import struct
 import time
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
-from apprentice import prices
+from apprentice import prices, prompt
 from apprentice.command import WorkError
 from apprentice.params import ConfigError, Endpoint
 
@@ -199,7 +198,8 @@ class Client:
             content = message.get("content")
             for part in content if isinstance(content, list) else [{"type": "text", "text": content or ""}]:
                 if part["type"] == "image_url":
-                    tokens += prices.picture_tokens(self.endpoint.model, *_size(part["image_url"]["url"]))
+                    start = base64.b64decode(part["image_url"]["url"].partition(",")[2][:32])
+                    tokens += prices.picture_tokens(self.endpoint.model, *prompt.png_size(start))
                 else:
                     tokens += len(part["text"].encode())
         return prices.dollars(self.price, tokens, self.endpoint.max_tokens)
@@ -328,8 +328,3 @@ def _count(value: Any) -> int:
 
 def _text(value: Any) -> str:
     return value.encode("utf-8", "replace").decode()[:200] if isinstance(value, str) else ""
-
-
-def _size(url: str) -> tuple[int, int]:
-    """Width and height of a PNG data URL, from its first bytes."""
-    return struct.unpack(">II", base64.b64decode(url.partition(",")[2][:32])[16:24])

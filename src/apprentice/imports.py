@@ -16,6 +16,7 @@ from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from apprentice import prompt
@@ -315,16 +316,13 @@ def _png(url: str) -> bytes:
         with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP", "GIF")) as image:
             if image.width * image.height > LARGEST_PICTURE:
                 raise _Refused("a picture over 4 megapixels")
-            pixels = image.convert("RGB")
+            return prompt.png(np.asarray(image.convert("RGB")))
     except _Refused:
         raise
     except Image.DecompressionBombError:
         raise _Refused("a picture over 4 megapixels") from None
     except Exception:  # Pillow's decoders raise whatever they come upon
         raise _Refused("a broken picture") from None
-    buffer = io.BytesIO()
-    pixels.save(buffer, format="png", compress_level=6)
-    return buffer.getvalue()
 
 
 def _why_nothing(report: Report) -> str:

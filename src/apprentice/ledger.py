@@ -13,7 +13,7 @@ from platformdirs import user_cache_path
 
 from apprentice import store, world
 from apprentice.command import WorkError
-from apprentice.episode import Episode, Reply
+from apprentice.episode import Reply
 
 
 def cache() -> Path:
@@ -113,10 +113,6 @@ class Ledger:
                 raise KeyError(key)
             yield row[0]
 
-    def episodes(self, keys: Iterable[str]) -> Iterator[Episode]:
-        """These episodes, in this order. Raises KeyError for one that has not been played."""
-        return map(store.from_bytes, self.records(keys))
-
     def forget(self, prefix: str) -> None:
         """Drop the episodes whose keys do not begin so; others will take their room."""
         _write(self._db, self._path, "DELETE FROM episodes WHERE substr(key, 1, ?) != ?", (len(prefix), prefix))
@@ -186,11 +182,11 @@ class Replies:
         row = (run, seed, None, reason, None, None)
         _write(self._db, self._path, "INSERT OR REPLACE INTO episodes VALUES (?, ?, ?, ?, ?, ?)", row)
 
-    def episodes(self, run: str, seeds: Iterable[int]) -> Iterator[Episode]:
-        """These finished episodes, in this order."""
+    def records(self, run: str, seeds: Iterable[int]) -> Iterator[bytes]:
+        """These finished episodes as they were added, in this order."""
         for seed in seeds:
             query = "SELECT data FROM episodes WHERE run = ? AND seed = ?"
-            yield store.from_bytes(self._db.execute(query, (run, seed)).fetchone()[0])
+            yield self._db.execute(query, (run, seed)).fetchone()[0]
 
     def finished(self, run: str, code: str | None = None) -> dict[int, float | None]:
         """The dollars of each finished episode, by its seed; code: only of those that it has made."""

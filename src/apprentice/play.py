@@ -122,8 +122,8 @@ def record(
     opening: Sequence[str] = (),
     together: int = 1,
     while_playing: AbstractContextManager = nullcontext(),  # noqa: B008
-) -> Iterator[Episode]:
-    """The episodes on these seeds, in order. Those that the ledger lacks are played first, on all cores.
+) -> Iterator[bytes]:
+    """The episodes on these seeds, in order, as `store.to_bytes` has them. What the ledger lacks is played first.
 
     build(*args): the policy, built once in each process. together: how many seeds one policy plays at once. A batched
     model's rounding depends on the company, so episodes are known by it, and if one is missing all are played again.
@@ -142,7 +142,7 @@ def record(
                     for key, data in zip(keys[group], played, strict=True):
                         ledger.add(key, data)
                     bar.update(len(played))
-        yield from ledger.episodes(key for group in groups for key in keys[group])
+        yield from ledger.records(key for group in groups for key in keys[group])
 
 
 def _play_group(

@@ -4,6 +4,8 @@ import base64
 import io
 import json
 import re
+import struct
+import zlib
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -163,14 +165,20 @@ def shown_png(observation: Observation, settings: Prompt) -> bytes:
 
 
 def png(image: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, format="png", compress_level=6)
-    return buffer.getvalue()
+    """uint8 (height, width, 3) as PNG. For these pictures its rows unfiltered: a third of Pillow's time and smaller."""
+    height, width, _ = image.shape
+    rows = np.zeros((height, 1 + 3 * width), np.uint8)  # each begins with its filter: 0, none
+    rows[:, 1:] = image.reshape(height, -1)
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)  # 8 bits, RGB
+    chunks = (b"IHDR", header), (b"IDAT", zlib.compress(rows.tobytes(), 4)), (b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks
+    )
 
 
 def png_size(data: bytes) -> tuple[int, int]:
-    """(width, height) of a PNG, read from its header."""
-    return Image.open(io.BytesIO(data)).size
+    """(width, height) of a PNG, read from its first 24 bytes."""
+    return struct.unpack(">II", data[16:24])
 
 
 def unpng(data: bytes) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Episodes as a table: Parquet files for DVC, Arrow buffers for the ledger; one row for each decision."""
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import partial
 from itertools import groupby
@@ -93,14 +94,23 @@ def from_bytes(data: bytes) -> Episode:
 
 def write(path: Path, episodes: Iterable[Episode]) -> int:
     """Write episodes in the given order, few at a time; the same episodes give the same bytes. Returns the rows."""
+    return _write(path, map(to_table, episodes))
+
+
+def join(path: Path, records: Iterable[bytes]) -> None:
+    """`write` for episodes that are `to_bytes` already."""
+    _write(path, (pa.ipc.open_stream(data).read_all() for data in records))
+
+
+def _write(path: Path, tables: Iterable[pa.Table]) -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     rows, waiting = 0, []
     try:
         with pq.ParquetWriter(partial, SCHEMA, compression="zstd") as writer:
-            for episode in episodes:
-                waiting.append(to_table(episode))
-                rows += waiting[-1].num_rows
+            for table in tables:
+                waiting.append(table)
+                rows += table.num_rows
                 # Imported episodes may be single decisions: a row group for each would be mostly its own description.
                 if sum(table.num_rows for table in waiting) >= _BATCH:
                     writer.write_table(pa.concat_tables(waiting))
@@ -227,6 +237,21 @@ def columns(path: Path, names: list[str]) -> Iterator[dict]:
     """The decisions of a file, of each only these columns: without the pictures it's quick."""
     for batch in pq.ParquetFile(path).iter_batches(columns=names):
         yield from batch.to_pylist()
+
+
+def totals(path: Path) -> dict[str, int]:
+    """What a file of played episodes holds: episodes, decisions, tokens, and more, without reading the pictures."""
+    names = ["episode_id", "prompt_tokens", "completion_tokens", "executed", "invalid", "unlocked"]
+    episodes, found = set(), Counter()
+    for row in columns(path, names):
+        episodes.add(row["episode_id"])
+        found["decisions"] += 1
+        found["prompt_tokens"] += row["prompt_tokens"]
+        found["completion_tokens"] += row["completion_tokens"]
+        found["steps"] += len(row["executed"])
+        found["invalid"] += bool(row["invalid"])
+        found["unlocked"] += len(row["unlocked"])
+    return {"episodes": len(episodes), **found}
 
 
 def outcomes(path: Path) -> Iterator[tuple[int | None, int]]:
