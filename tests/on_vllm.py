@@ -128,19 +128,23 @@ def test_greedy_replies_are_those_of_the_model_in_process(servers, processor, ti
     model = merged(tiny_folder, adapter if adapted else None)
     named = serve.Adapter.of(adapter) if adapted else None
     policy = remote.Remote("student", servers, named, processor, 0.0, 16)
-    turns = [turn for settings in KINDS.values() for turn, _ in decisions(settings, 6)]
+    turns, parted = [turn for settings in KINDS.values() for turn, _ in decisions(settings, 6)], 0
     for turn, reply in zip(turns, replies(policy, turns), strict=True):
         here = shown(processor, turn)
         [[ids, chances, *_]] = generate(model, processor, [here], np.zeros((1, 16)), 0.0)
         sample = reply.sample
-        assert (sample.encoded.prompt_ids, sample.encoded.answer_ids) == (here.prompt_ids, ids)
-        np.testing.assert_allclose(sample.logprobs, chances, atol=1e-3)
-        expected = "stop" if ids[-1] == processor.tokenizer.eos_token_id else "length"
-        assert (reply.finish_reason, reply.prompt_tokens, reply.completion_tokens) == (
-            expected,
-            len(here.prompt_ids),
-            len(ids),
-        )
+        served = sample.encoded.answer_ids
+        assert sample.encoded.prompt_ids == here.prompt_ids
+        # Two tokens may be as likely but for rounding: from there on, replies are about something else.
+        same = next((at for at, pair in enumerate(zip(served, ids, strict=False)) if len(set(pair)) == 2), len(ids))
+        np.testing.assert_allclose(sample.logprobs[: same + 1], chances[: same + 1], atol=1e-4)
+        if same == len(ids):
+            assert served == ids
+            expected = "stop" if ids[-1] == processor.tokenizer.eos_token_id else "length"
+            assert (reply.finish_reason, reply.completion_tokens) == (expected, len(ids))
+        parted += same < len(ids)
+        assert reply.prompt_tokens == len(here.prompt_ids)
+    assert parted <= 2
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
@@ -262,7 +266,7 @@ def test_rl_and_benchmark_play_on_a_server_that_runs_already(top, servers, tmp_p
     with (top / "metrics/plots/rl_training.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [float(row["staleness"]) for row in rows] == [0, 1, 1]
-    assert 0 < float(rows[0]["sampler_mismatch"]) < 0.05  # an untrained student would say banned tokens too
+    assert 0 < float(rows[0]["sampler_mismatch"]) < 1e-3
     said = stage(top, tmp_path / "cache", "stages/benchmark.py", "rl")
     assert "2 episodes" in said and (top / "data/benchmark/rl.parquet").exists()
 

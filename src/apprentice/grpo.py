@@ -27,6 +27,7 @@ from apprentice.advantages import Critic, advantages
 from apprentice.conversation import batch
 from apprentice.episode import Episode, Step
 from apprentice.ledger import Ledger
+from apprentice.local import vision_tokens
 from apprentice.params import ConfigError, Judge, Prompt, Rl, Sampling
 from apprentice.reward import rewards, with_mean
 from apprentice.world import ACTIONS
@@ -68,6 +69,11 @@ class Trainer(GRPOTrainer):
         # TRL walks through a data set of prompts; ours come from the world, so its rows only count.
         rows = Dataset.from_dict({"prompt": ["play"] * args.generation_batch_size})
         super().__init__(model, _no_reward, args=args, train_dataset=rows, processing_class=processor)
+        # The sampler never draws them, so they have no share in the probabilities here either. Not -inf: TRL multiplies
+        # a token's probability by its logit for the entropy.
+        never = torch.tensor(vision_tokens(processor), device=self.accelerator.device)
+        output = self.accelerator.unwrap_model(self.model).get_output_embeddings()
+        output.register_forward_hook(lambda module, inputs, logits: logits.index_fill(-1, never, -1e4))
 
     @property
     def iteration(self) -> int:

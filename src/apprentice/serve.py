@@ -81,17 +81,29 @@ class Server:
     def ready(self, adapter: Adapter | None = None) -> None:
         """Wait until the server answers and knows the adapter. Raises WorkError when it won't."""
         deadline = time.monotonic() + self.timeout
-        while not self._answers():
+        while not self._has(adapter):
             if self.log and Path(self.log + ENDED).exists():
                 raise WorkError(f"vLLM has ended{self.last_words()}")
             if time.monotonic() > deadline:
                 raise WorkError(f"{self.url} is not ready after {self.timeout:.0f} s{self.last_words()}")
             time.sleep(0.2)
-        if adapter and adapter.name not in self.adapters():
-            body = {"lora_name": adapter.name, "lora_path": adapter.folder}
-            said = httpx2.post(f"{self.url}/v1/load_lora_adapter", json=body, timeout=self.timeout)
-            if said.status_code != 200 and adapter.name not in self.adapters():  # another process may have been first
-                raise WorkError(f"{self.url} does not load {adapter.folder}: {said.text[:500]}{self.last_words()}")
+
+    def _has(self, adapter: Adapter | None) -> bool:
+        """Whether it answers, and has loaded the adapter; it may be about to end."""
+        try:
+            if httpx2.get(f"{self.url}/health", timeout=5.0).status_code != 200:
+                return False
+            if adapter and adapter.name not in self.adapters():
+                body = {"lora_name": adapter.name, "lora_path": adapter.folder}
+                said = httpx2.post(f"{self.url}/v1/load_lora_adapter", json=body, timeout=self.timeout)
+                # Another process may have been first.
+                if said.status_code != 200 and adapter.name not in self.adapters():
+                    raise WorkError(
+                        f"{self.url} does not load {adapter.folder}: {said.text[:500]}{self.last_words()}"
+                    )
+        except httpx2.HTTPError:
+            return False
+        return True
 
     def adapters(self) -> list[str]:
         """The names of those that are loaded."""
@@ -114,12 +126,6 @@ class Server:
             return ""
         lines = Path(self.log).read_text(errors="replace").splitlines()[-20:]
         return "; the last lines of its log:\n" + "\n".join(f"  {line[:300]}" for line in lines)
-
-    def _answers(self) -> bool:
-        try:
-            return httpx2.get(f"{self.url}/health", timeout=5.0).status_code == 200
-        except httpx2.HTTPError:
-            return False
 
 
 @dataclass(frozen=True)
@@ -191,10 +197,11 @@ def command(program: str, base: Path, url: str, dtype: str, rank: int, memory: f
         flags["--gpu-memory-utilization"] = memory
     # Without the connector's flag, vLLM ignores an adapter's weights in the vision tower and says nothing.
     switches = ["--enable-auto-tool-choice", "--enable-lora", "--enable-tower-connector-lora"]
-    # As a precaution: one repeated prompt was answered otherwise (LOG.md).
-    switches += ["--no-enable-prefix-caching"]
+    # A step that ends within a picture's tokens is where deepstack models have been wrong.
+    switches += ["--enable-prefix-caching", "--disable-chunked-mm-input"]
     switches += ["--enable-sleep-mode"] if sleeps else []
-    switches += ["--enforce-eager"] if memory is None else []
+    # On a CPU a prompt that is read in two steps ends the engine, if its request has a seed.
+    switches += ["--enforce-eager", "--no-enable-chunked-prefill"] if memory is None else []
     switches += ["--disable-uvicorn-access-log"]
     return [program, "serve", str(base), *(str(part) for pair in flags.items() for part in pair), *switches]
 
