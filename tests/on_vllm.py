@@ -31,6 +31,7 @@ from apprentice.actor import OnVllm
 from apprentice.compute import Serve
 from apprentice.conversation import batch, encode
 from apprentice.local import generate, shown, vision_tokens
+from apprentice.merge import merge
 from apprentice.play import play
 
 SETTINGS = Serve(student="vllm")
@@ -43,6 +44,7 @@ def adapter(tiny_folder, tmp_path_factory) -> Path:
     torch.manual_seed(1)
     folder = tmp_path_factory.mktemp("adapter")
     get_peft_model(student.load(tiny_folder)[0], LORA).save_pretrained(folder)
+    student.processor(tiny_folder).save_pretrained(folder)
     assert any("visual" in name for name in load_file(folder / "adapter_model.safetensors"))
     return folder
 
@@ -145,6 +147,19 @@ def test_greedy_replies_are_those_of_the_model_in_process(servers, processor, ti
         parted += same < len(ids)
         assert reply.prompt_tokens == len(here.prompt_ids)
     assert parted <= 2
+
+
+def test_a_merged_model_is_served_as_it_is(servers, processor, tiny_folder, adapter, tmp_path):
+    """What `apprentice merge` writes says what the adapter says on its base."""
+    merge(adapter, tmp_path / "merged", str(tiny_folder))
+    turns = [turn for turn, _ in decisions(SHOWN, 6)]
+    found = replies(remote.Remote("student", servers, serve.Adapter.of(adapter), processor, 0.0, 8), turns)
+    here = serve.plan(SETTINGS, [], training=False)
+    with serve.Servers(here, SETTINGS, tmp_path / "merged", "float32", []) as others:
+        again = replies(remote.Remote("student", others.servers, None, processor, 0.0, 8), turns)
+    for one, other in zip(found, again, strict=True):
+        assert one.message == other.message
+        np.testing.assert_allclose(one.sample.logprobs, other.sample.logprobs, atol=1e-3)
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0])

@@ -66,14 +66,14 @@ class Trainer(GRPOTrainer):
         self.folder = Path(args.output_dir)
         self._critic: Critic | None = None
         self._ahead: Callable[[], list[Episode]] | None = None
+        # What the sampler never draws has no share in the probabilities here either. Not -inf: entropies multiply by it.
+        head = model.get_output_embeddings()
+        bias = torch.zeros(head.weight.shape[0], dtype=head.weight.dtype, device=head.weight.device)
+        bias[vision_tokens(processor)] = -1e4
+        head.bias = torch.nn.Parameter(bias, requires_grad=False)
         # TRL walks through a data set of prompts; ours come from the world, so its rows only count.
         rows = Dataset.from_dict({"prompt": ["play"] * args.generation_batch_size})
         super().__init__(model, _no_reward, args=args, train_dataset=rows, processing_class=processor)
-        # The sampler never draws them, so they have no share in the probabilities here either. Not -inf: TRL multiplies
-        # a token's probability by its logit for the entropy.
-        never = torch.tensor(vision_tokens(processor), device=self.accelerator.device)
-        output = self.accelerator.unwrap_model(self.model).get_output_embeddings()
-        output.register_forward_hook(lambda module, inputs, logits: logits.index_fill(-1, never, -1e4))
 
     @property
     def iteration(self) -> int:

@@ -98,9 +98,7 @@ class Server:
                 said = httpx2.post(f"{self.url}/v1/load_lora_adapter", json=body, timeout=self.timeout)
                 # Another process may have been first.
                 if said.status_code != 200 and adapter.name not in self.adapters():
-                    raise WorkError(
-                        f"{self.url} does not load {adapter.folder}: {said.text[:500]}{self.last_words()}"
-                    )
+                    raise WorkError(f"{self.url} does not load {adapter.folder}: {said.text[:500]}{self.last_words()}")
         except httpx2.HTTPError:
             return False
         return True
