@@ -66,7 +66,7 @@ class Trainer(GRPOTrainer):
         self.folder = Path(args.output_dir)
         self._critic: Critic | None = None
         self._ahead: Callable[[], list[Episode]] | None = None
-        # What the sampler never draws has no share in the probabilities here either. Not -inf: entropies multiply by it.
+        # What the sampler never draws has no share in the probabilities here either; entropies could not bear -inf.
         head = model.get_output_embeddings()
         bias = torch.zeros(head.weight.shape[0], dtype=head.weight.dtype, device=head.weight.device)
         bias[vision_tokens(processor)] = -1e4
