@@ -64,6 +64,11 @@ def test_the_committed_compute_yaml_makes_such_tasks(monkeypatch):
         assert problems(launch.task(DOING, stage, "/somewhere")) == []
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "sky").glob("*.yaml")), ids=lambda path: path.name)
+def test_every_committed_task_file_is_one_by_skypilots_own_schema(path):
+    assert problems({"resources": {}} | YAML(typ="safe").load(path.read_text())) == []
+
+
 @pytest.mark.parametrize("change", [{"resources": {"gpu": 2}}, {"setups": "x"}, {"num_nodes": "two"}])
 def test_a_task_that_is_none_is_noticed(monkeypatch, change):
     monkeypatch.chdir(ROOT)

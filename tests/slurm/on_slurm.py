@@ -21,6 +21,7 @@ CACHE = Path(os.environ["HOME"]).parent
 SHARED = CACHE / "shared"
 SETTINGS = SMALL | {"profiles.tiny.sft.epochs": 8, "profiles.tiny.sft.early_stopping_patience": None}
 OFFLINE = {"UV_OFFLINE": "1", "UV_NO_INDEX": "1", "UV_PYTHON_DOWNLOADS": "never", "UV_FIND_LINKS": f"{CACHE}/wheels"}
+OFFLINE["UV_CACHE_DIR"] = "/home/student/packages"  # for all machines, as on a cluster where home is shared
 SECRET = "hush-4242"
 yaml = YAML(typ="safe")
 
@@ -163,13 +164,19 @@ def test_a_machine_taken_away_is_replaced_and_training_goes_on(there):
 def test_ctrl_c_leaves_it_running_and_a_rerun_follows_it(there):
     before = len(log(there))
     process = begin(there, "dvc", "repro", "sft")
-    until(there, process, lambda: re.search(r"\d+/\d{3} \[", log(there)[before:]))
+    until(there, process, lambda: "Streaming logs" in log(there)[before:])
     os.killpg(process.pid, signal.SIGINT)
     assert ended(there, process) != 0
     assert "goes on; run the same command again to follow it" in log(there)
     assert len(jobs()) == 1 and not (there / "models/sft").exists()
     status = begin(there, "apprentice.cli", "launch", "--status")
     assert ended(there, status) == 0 and re.search(r"sft +(RUNNING|SUCCEEDED) +apprentice-sft-", log(there))
+    shown = len(log(there))
+    logs = begin(there, "apprentice.cli", "launch", "sft", "--logs")
+    until(there, logs, lambda: "Streaming logs" in log(there)[shown:])
+    os.killpg(logs.pid, signal.SIGINT)
+    logs.wait(60)
+    assert len(jobs()) == 1
 
     again = begin(there, "dvc", "repro", "sft")
     assert ended(there, again) == 0, log(there)[-5000:]
@@ -209,6 +216,21 @@ def test_a_failing_stage_returns_its_code_and_its_log(there):
     assert "has no row of at most 1 tokens" in said and "ended with exit code 1" in said
 
 
+def test_stop_ends_what_is_under_way(there):
+    settings(there, max_length=512, learning_rate=1e-3)
+    committed(there)
+    before = len(log(there))
+    process = begin(there, "apprentice.cli", "launch", "sft")
+    until(there, process, lambda: "Job submitted" in log(there)[before:])
+    stop = begin(there, "apprentice.cli", "launch", "sft", "--stop")
+    assert ended(there, stop) == 0 and ended(there, process) == 1, log(there)[before:]
+
+
 def test_nothing_stays(there):
-    assert json.loads(sky("status", "-o", "json")) == [] and not jobs()
+    assert json.loads(sky("status", "-o", "json")) == []
+    end = time.monotonic() + 60
+    while jobs() or subprocess.run(["pgrep", "--uid", "student"], capture_output=True).returncode == 0:
+        assert time.monotonic() < end, subprocess.run(["ps", "-u", "student"], capture_output=True, text=True).stdout
+        time.sleep(1)
     assert SECRET not in log(there)
+    assert not list((there.parent / "cache" / "launch").glob("*.json"))

@@ -62,7 +62,7 @@ PrologSlurmctld=$root/prolog.sh
 JobCompType=jobcomp/none
 AccountingStorageType=accounting_storage/none
 JobAcctGatherType=jobacct_gather/none
-KillWait=5
+KillWait=30
 NodeName=node NodeAddr=127.0.0.1 Port=16818 CPUs=64 RealMemory=512000 Gres=gpu:H200:8 State=UNKNOWN
 PartitionName=gpu Nodes=ALL Default=YES MaxTime=12:00:00 State=UP
 CONF
