@@ -128,9 +128,10 @@ def test_a_server_is_started_with_the_flags_that_this_needs(sleeps, memory):
         "--enable-auto-tool-choice",
         "--enable-lora",
         "--enable-tower-connector-lora",
-        "--no-enable-prefix-caching",
+        "--enable-prefix-caching",
+        "--disable-chunked-mm-input",
     } <= set(found)
-    assert ("--enable-sleep-mode" in found) == sleeps and ("--enforce-eager" in found) == (memory is None)
+    assert ("--enable-sleep-mode" in found) == sleeps and {"--enforce-eager", "--no-enable-chunked-prefill"}.isdisjoint(found) == (memory is not None)
     assert values.get("--gpu-memory-utilization") == (memory and str(memory))
 
 
