@@ -99,6 +99,14 @@ def test_what_skypilot_says_beside_its_json_is_left_out(tmp_path):
     assert launch.Sky(program).json("status") == [{"a": "[x]"}]
 
 
+@pytest.mark.parametrize("under_way", [[], [{"stage": "rl", "job": "RUNNING", "name": "apprentice-rl-1"}]])
+def test_a_script_can_ask_what_is_under_way(monkeypatch, under_way):
+    monkeypatch.setattr(launch, "status", lambda: under_way)
+    assert json.loads(CliRunner().invoke(application, ["launch", "--status", "--json"]).stdout) == under_way
+    said = CliRunner().invoke(application, ["launch", "--status"]).stdout
+    assert ("apprentice-rl-1" if under_way else "nothing is under way") in said
+
+
 @pytest.fixture
 def checkout(tmp_path, monkeypatch) -> Path:
     """A committed checkout in which sft can run, its inputs a few bytes."""

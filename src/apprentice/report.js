@@ -271,10 +271,13 @@ function published() {
   const { rows, sources, read } = data.published;
   $("read").textContent = `Copied ${read}.`;
   const names = { achievement_rate: "achievement rate", crafter_score: "Crafter score" };
-  const body = rows.map((row) => h("tr", {}, td(row.agent), h("td", { className: "text" }, row.kind), h("td", { className: "text" }, names[row.metric]),
-    td(row.value.toFixed(row.metric === "crafter_score" ? 1 : 2) + (row.error ? " ± " + row.error.toFixed(2) : "") + (row.metric === "achievement_rate" ? " %" : "")),
-    h("td", { className: "text", title: sources[row.source] }, `${row.source}, ${row.year}`)));
-  $("published-table").append(table([th("published result"), th("sees", "text"), th("metric", "text"), th("value"), th("source", "text")], body));
+  const value = ({ metric, value, error }) => {
+    const digits = metric === "crafter_score" ? 1 : 2;
+    return value.toFixed(digits) + (error ? " ± " + error.toFixed(digits) : "") + (metric === "achievement_rate" ? " %" : "");
+  };
+  const body = rows.map((row) => h("tr", {}, td(row.agent), td(value(row)), h("td", { className: "text" }, names[row.metric]),
+    h("td", { className: "text" }, row.kind), h("td", { className: "text", title: sources[row.source] }, row.source)));
+  $("published-table").append(table([th("published result"), th("value"), th("metric", "text"), th("kind", "text"), th("source", "text")], body));
   $("published").append(...Object.entries(sources).map(([name, text]) => h("p", { className: "note" }, `${name}: ${text}.`)));
 }
 

@@ -5,14 +5,17 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from apprentice.command import WorkError
 from apprentice.params import ConfigError
+
+if TYPE_CHECKING:
+    from apprentice.dataset import Jsonl
 
 Format = Literal["openai", "huggingface", "llamafactory"]
 SPLITS = {"train": "train", "val": "validation"}
@@ -68,10 +71,6 @@ def export(
             out.rmdir()
         partial.chmod(0o755)
         partial.rename(out)
-    except (json.JSONDecodeError, KeyError) as error:
-        raise WorkError(
-            f"{source} does not hold the pipeline's rows ({error!r}); make them anew: dvc repro split"
-        ) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     if as_json:
@@ -80,21 +79,36 @@ def export(
         print(f"{out}: " + ", ".join(f"{count} rows of {SPLITS[split]}" for split, count in counts.items()))
 
 
-def _openai(out: Path, splits: dict[str, Iterable[dict]]) -> dict[str, int]:
+def _rows(chats: "Jsonl", row_of: Callable[[dict], dict]) -> Iterator[dict]:
+    """Each chat as the row that is wanted of it. Raises WorkError with the line that is no chat."""
+    from tqdm import tqdm
+
+    for place in tqdm(range(len(chats)), unit="row", mininterval=1, disable=None):
+        try:
+            row = row_of(chats[place])
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise WorkError(
+                f"{chats.path}, line {place + 1}, is no row of the pipeline's ({type(error).__name__}: {error}); "
+                "make it anew: dvc repro -f -s split"
+            ) from None
+        yield row
+
+
+def _openai(out: Path, splits: dict[str, "Jsonl"]) -> dict[str, int]:
     """Nothing but what the fine-tuning API knows: it refuses a file with other keys."""
     from apprentice.dataset import write_jsonl
 
-    def rows(chats: Iterable[dict]) -> Iterator[dict]:
-        for chat in _progress(chats):
-            yield {"messages": chat["messages"], "tools": chat["tools"]}
+    def row(chat: dict) -> dict:
+        return {"messages": chat["messages"], "tools": chat["tools"]}
 
-    return {split: write_jsonl(out / f"{split}.jsonl", rows(chats)) for split, chats in splits.items()}
+    return {split: write_jsonl(out / f"{split}.jsonl", _rows(chats, row)) for split, chats in splits.items()}
 
 
-def _huggingface(out: Path, splits: dict[str, Iterable[dict]]) -> dict[str, int]:
+def _huggingface(out: Path, splits: dict[str, "Jsonl"]) -> dict[str, int]:
     """Messages and tools as JSON columns: as structs, every key of one would be in all, as null, and a chat template
     takes a part with an `image` of null for a picture."""
     from datasets import Dataset, Features, Image, Json, List, Value, disable_progress_bars
+    from datasets.exceptions import DatasetGenerationError
 
     features = Features(
         {
@@ -109,19 +123,22 @@ def _huggingface(out: Path, splits: dict[str, Iterable[dict]]) -> dict[str, int]
         }
     )
 
-    def rows(chats: Iterable[dict]) -> Iterator[dict]:
-        for chat in _progress(chats):
-            messages, pngs = _without_pictures(chat["messages"])
-            known = {name: chat["metadata"].get(name) for name in ("episode_id", "step", "seed", "teacher", "model")}
-            images = [{"bytes": png, "path": None} for png in pngs]
-            yield {"messages": messages, "images": images, "tools": chat["tools"], **known}
+    def row(chat: dict) -> dict:
+        messages, pngs = _without_pictures(chat["messages"])
+        known = {name: chat["metadata"].get(name) for name in ("episode_id", "step", "seed", "teacher", "model")}
+        images = [{"bytes": png, "path": None} for png in pngs]
+        return {"messages": messages, "images": images, "tools": chat["tools"], **known}
 
     disable_progress_bars()
     counts = {}
     (out / "data").mkdir()
     for split, chats in splits.items():
         with tempfile.TemporaryDirectory(dir=out.parent) as cache:
-            data = Dataset.from_generator(rows, features=features, gen_kwargs={"chats": chats}, cache_dir=cache)
+            asked = {"chats": chats, "row_of": row}
+            try:
+                data = Dataset.from_generator(_rows, features=features, gen_kwargs=asked, cache_dir=cache)
+            except DatasetGenerationError as error:
+                raise error.__cause__ or error from None
             data.to_parquet(out / "data" / f"{SPLITS[split]}-00000-of-00001.parquet")
             counts[split] = len(data)
             del data
@@ -129,7 +146,7 @@ def _huggingface(out: Path, splits: dict[str, Iterable[dict]]) -> dict[str, int]
     return counts
 
 
-def _llamafactory(out: Path, splits: dict[str, Iterable[dict]]) -> dict[str, int]:
+def _llamafactory(out: Path, splits: dict[str, "Jsonl"]) -> dict[str, int]:
     """LLaMA-Factory's sharegpt form (`data/README.md` and `converter.py` there), a picture a file.
 
     Its media_dir is the folder of dataset_info.json, if dataset_dir is.
@@ -138,23 +155,22 @@ def _llamafactory(out: Path, splits: dict[str, Iterable[dict]]) -> dict[str, int
 
     (out / "images").mkdir()
 
-    def rows(chats: Iterable[dict]) -> Iterator[dict]:
-        for chat in _progress(chats):
-            messages, pngs = _without_pictures(chat["messages"])
-            names = [f"images/{hashlib.sha256(png).hexdigest()[:24]}.png" for png in pngs]
-            for name, png in zip(names, pngs, strict=True):
-                if not (out / name).exists():
-                    (out / name).write_bytes(png)
-            yield {
-                "conversations": [_turn(message) for message in messages if message["role"] != "system"],
-                "system": "\n".join(_words(message) for message in messages if message["role"] == "system"),
-                "tools": json.dumps([tool["function"] for tool in chat["tools"]]),
-                "images": names,
-            }
+    def row(chat: dict) -> dict:
+        messages, pngs = _without_pictures(chat["messages"])
+        names = [f"images/{hashlib.sha256(png).hexdigest()[:24]}.png" for png in pngs]
+        for name, png in zip(names, pngs, strict=True):
+            if not (out / name).exists():
+                (out / name).write_bytes(png)
+        return {
+            "conversations": [_turn(message) for message in messages if message["role"] != "system"],
+            "system": "\n".join(_words(message) for message in messages if message["role"] == "system"),
+            "tools": json.dumps([tool["function"] for tool in chat["tools"]]),
+            "images": names,
+        }
 
     counts, described = {}, {}
     for split, chats in splits.items():
-        counts[split] = write_jsonl(out / f"{split}.jsonl", rows(chats))
+        counts[split] = write_jsonl(out / f"{split}.jsonl", _rows(chats, row))
         described[f"crafter_{split}"] = {
             "file_name": f"{split}.jsonl",
             "formatting": "sharegpt",
@@ -196,7 +212,7 @@ def _without_pictures(messages: list[dict]) -> tuple[list[dict], list[bytes]]:
     def part_of(part: dict) -> dict:
         if part["type"] != "image_url":
             return part
-        pngs.append(base64.b64decode(part["image_url"]["url"].partition(",")[2]))
+        pngs.append(base64.b64decode(part["image_url"]["url"].partition(",")[2], validate=True))
         return {"type": "image"}
 
     found = [
@@ -206,9 +222,3 @@ def _without_pictures(messages: list[dict]) -> tuple[list[dict], list[bytes]]:
         for message in messages
     ]
     return found, pngs
-
-
-def _progress(chats: Iterable[dict]) -> Iterable[dict]:
-    from tqdm import tqdm
-
-    return tqdm(chats, unit="row", mininterval=1, disable=None)

@@ -1,5 +1,6 @@
 """`apprentice import`: chats of others, checked and added to params.yaml."""
 
+import json
 import re
 from pathlib import Path
 from typing import Annotated
@@ -13,6 +14,7 @@ from apprentice.command import WorkError
 def add_imports(
     files: Annotated[list[Path], typer.Argument(help="JSONL in OpenAI's chat form, pictures as data: URLs.")],
     name: Annotated[str | None, typer.Option(help="What to call it; otherwise the file's name.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="What was found in each, for a script.")] = False,
 ) -> None:
     """Check chats of others and add them to params.yaml, beside the teachers.
 
@@ -34,13 +36,18 @@ def add_imports(
 
     from apprentice import imports
 
+    reports = {key: imports.Report() for key in named}
     for key, file in named.items():
-        report = imports.Report()
+        report = reports[key]
         try:
             for _ in imports.read(file, key, report, settings.benchmark.seeds):
                 pass
         except imports.NothingUsable as error:
             raise WorkError(f"{error}; params.yaml is as it was") from None
-        print(f"{key}: {imports.summary(report)}")
+        if not as_json:
+            print(f"{key}: {imports.summary(report)}")
     params.PATH.write_text(extended)
-    print(f"added to {params.PATH}: now run dvc repro")
+    if as_json:
+        print(json.dumps({key: report.as_dict() for key, report in reports.items()}))
+    else:
+        print(f"added to {params.PATH}: now run dvc repro")

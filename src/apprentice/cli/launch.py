@@ -1,5 +1,6 @@
 """apprentice launch: stages on machines that SkyPilot finds."""
 
+import json
 import sys
 from typing import Annotated
 
@@ -16,6 +17,7 @@ def launch_stage(
     logs: Annotated[bool, typer.Option("--logs", help="Follow the stage's log.")] = False,
     stop: Annotated[bool, typer.Option("--stop", help="End the stage, and take its machine down.")] = False,
     plan: Annotated[bool, typer.Option("--plan", help="Only show the task, the machine and its price.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="The status, for a script.")] = False,
 ) -> None:
     """Run a stage on a machine that SkyPilot finds, as compute.yaml says; or look after those under way.
 
@@ -31,8 +33,14 @@ def launch_stage(
     from apprentice import launch
 
     if status:
-        for found in launch.status():
-            print(f"{found['stage']:10} {found['job']:12} {found['name']}")
+        under_way = launch.status()
+        if as_json:
+            print(json.dumps(under_way))
+        elif not under_way:
+            print("nothing is under way")
+        else:
+            for found in under_way:
+                print(f"{found['stage']:10} {found['job']:12} {found['name']}")
         return
     if logs:
         sys.exit(launch.logs(stage))
