@@ -131,7 +131,8 @@ def test_a_server_is_started_with_the_flags_that_this_needs(sleeps, memory):
         "--enable-prefix-caching",
         "--disable-chunked-mm-input",
     } <= set(found)
-    assert ("--enable-sleep-mode" in found) == sleeps and {"--enforce-eager", "--no-enable-chunked-prefill"}.isdisjoint(found) == (memory is not None)
+    assert ("--enable-sleep-mode" in found) == sleeps
+    assert {"--enforce-eager", "--no-enable-chunked-prefill"}.isdisjoint(found) == (memory is not None)
     assert values.get("--gpu-memory-utilization") == (memory and str(memory))
 
 
