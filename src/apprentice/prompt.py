@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
+import pyarrow as pa
 from PIL import Image
 
 from apprentice.episode import Given
@@ -165,14 +166,20 @@ def shown_png(observation: Observation, settings: Prompt) -> bytes:
 
 
 def png(image: np.ndarray) -> bytes:
-    """uint8 (height, width, 3) as PNG. For these pictures its rows unfiltered: a third of Pillow's time and smaller."""
+    """uint8 (height, width, 3) as PNG: its rows unfiltered, which for these pictures is smaller and a third of the work.
+
+    Compressed by Arrow's own zlib, so that its bytes are the same wherever the lock is: Python's is the system's.
+    """
     height, width, _ = image.shape
     rows = np.zeros((height, 1 + 3 * width), np.uint8)  # each begins with its filter: 0, none
     rows[:, 1:] = image.reshape(height, -1)
+    data = rows.tobytes()
+    deflated = pa.Codec("gzip", 4).compress(data, asbytes=True)[10:-8]  # without gzip's own head and end
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)  # 8 bits, RGB
-    chunks = (b"IHDR", header), (b"IDAT", zlib.compress(rows.tobytes(), 4)), (b"IEND", b"")
+    pixels = b"\x78\x5e" + deflated + struct.pack(">I", zlib.adler32(data))
     return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks
+        struct.pack(">I", len(part)) + name + part + struct.pack(">I", zlib.crc32(name + part))
+        for name, part in ((b"IHDR", header), (b"IDAT", pixels), (b"IEND", b""))
     )
 
 
