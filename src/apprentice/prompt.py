@@ -166,7 +166,7 @@ def shown_png(observation: Observation, settings: Prompt) -> bytes:
 
 
 def png(image: np.ndarray) -> bytes:
-    """uint8 (height, width, 3) as PNG: its rows unfiltered, which for these pictures is smaller and a third of the work.
+    """uint8 (height, width, 3) as PNG: rows unfiltered, which for these pictures is smaller and a third of the work.
 
     Compressed by Arrow's own zlib, so that its bytes are the same wherever the lock is: Python's is the system's.
     """
