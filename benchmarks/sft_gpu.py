@@ -1,6 +1,6 @@
 """How fast SFT of Qwen3-VL is on this machine's first device, and what each setting costs and brings.
 
-    python benchmarks/sft_gpu.py 2b        also 4b, 8b, and tiny, which runs on a CPU
+    python benchmarks/sft_gpu.py 2b        also 4b, 8b; `tiny --steps 3` tries every line on a CPU
 
 The model has random weights and the real size (no hub needed); rows are as long as those that the profile's prompt
 gives, with random tokens. Each line changes one thing of the profile's settings and runs in a process of its own.
@@ -36,9 +36,10 @@ SIZES = {
 }
 PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
 """Dense bfloat16 FLOP/s, from NVIDIA's data sheets; of others, what a large product of matrices reaches."""
-PATCHES, PICTURE, TEXT, ANSWER = 18 * 18, 81, 953, 30
-"""Of a row: patches and visual tokens of 288 × 288 pixels; tokens of prompt and tools in words, so that a
-row has the 1,064 that benchmarks/sft_data.py finds; tokens of the answer."""
+PATCHES, PICTURE, ANSWER = 18 * 18, 81, 30
+"""Of a row: patches and visual tokens of 288 × 288 pixels; tokens of the answer."""
+TEXT = 953
+"""Tokens of prompt and tools in words, so that a row has the 1,064 that benchmarks/sft_data.py finds."""
 IMAGE, START = 151655, 151652
 
 
@@ -76,9 +77,9 @@ def config(size: str):
     )
 
 
-def rows(count: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+def rows(count: int, text: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
     """A batch as `conversation.batch` makes it: a picture, text, an answer."""
-    ids = torch.randint(0, 150_000, (count, TEXT + PICTURE + ANSWER), generator=generator)
+    ids = torch.randint(0, 150_000, (count, text + PICTURE + ANSWER), generator=generator)
     ids[:, 8], ids[:, 9 : 9 + PICTURE], ids[:, 9 + PICTURE] = START, IMAGE, 151653
     labels = ids.clone()
     labels[:, :-ANSWER] = -100
@@ -112,19 +113,19 @@ def variants(micro: int) -> dict[str, dict]:
     }
 
 
-def flops(model, micro: int, vision: bool) -> float:
+def flops(model, micro: int, text: int, vision: bool) -> float:
     """Of a step's rows, what the model itself needs: 2 for each weight and token forward, and as much backward.
 
     Frozen weights have no gradients of their own; what checkpointing computes twice isn't counted; attention's products
     are.
     """
-    text, tower = model.config.get_text_config(), model.config.vision_config
+    language, tower = model.config.get_text_config(), model.config.vision_config
     inside = sum(p.numel() for name, p in model.named_parameters() if "visual" in name and "lora" not in name)
-    tokens, attention = TEXT + PICTURE + ANSWER, 4 * text.num_hidden_layers * text.num_attention_heads * text.head_dim
-    width, gated = text.hidden_size, 3 * text.hidden_size * text.intermediate_size
-    heads = (2 * text.num_attention_heads + 2 * text.num_key_value_heads) * text.head_dim
-    language = text.num_hidden_layers * (gated + width * heads)
-    forward = 2 * language * tokens + attention * tokens**2 / 2 + 2 * ANSWER * width * text.vocab_size
+    tokens, width, layers = text + PICTURE + ANSWER, language.hidden_size, language.num_hidden_layers
+    attention = 4 * layers * language.num_attention_heads * language.head_dim
+    heads = (2 * language.num_attention_heads + 2 * language.num_key_value_heads) * language.head_dim
+    weights = layers * (3 * width * language.intermediate_size + width * heads)
+    forward = 2 * weights * tokens + attention * tokens**2 / 2 + 2 * ANSWER * width * language.vocab_size
     seen = 2 * inside * PATCHES + 4 * tower.depth * tower.hidden_size * PATCHES**2
     return micro * (2 * forward + (2 if vision else 1) * seen)
 
@@ -180,7 +181,7 @@ def measure(size: str, folder: Path, found: Path, settings: dict, steps: int) ->
     model = AutoModelForImageTextToText.from_pretrained(
         folder / "model", dtype=kind, attn_implementation=settings["attention"], **how
     )
-    batch = rows(micro, torch.Generator().manual_seed(0))
+    batch = rows(micro, settings["text"], torch.Generator().manual_seed(0))
     ends = []
 
     class Clock(TrainerCallback):
@@ -223,9 +224,9 @@ def measure(size: str, folder: Path, found: Path, settings: dict, steps: int) ->
         import resource
 
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    needed = flops(trainer.model, micro, settings["vision"]) if zero.stage < 3 else 0
+    needed = flops(trainer.model, micro, settings["text"], settings["vision"]) if zero.stage < 3 else 0
     share = needed / seconds / peak(trainer.args.device)
-    tokens = TEXT + PICTURE + ANSWER
+    tokens = settings["text"] + PICTURE + ANSWER
     found.write_text(f"{micro / seconds:.3g}|{micro * tokens / seconds:,.0f}|{share:.1%}|{memory / 2**30:.1f}")
 
 
@@ -236,6 +237,7 @@ def main(size: Annotated[str, typer.Argument()] = "2b", steps: int = 12, only: s
     micro = profile.micro_batch_size if profile else 2
     usual = {"checkpointing": True, "vision": True, "features": False, "quantization": None, "attention": "sdpa"}
     usual |= {"fused": True, "micro": micro, "zero": profile.zero.stage if profile else 2}
+    usual["text"] = TEXT if profile else 50
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     table = Table("", "rows/s", "tokens/s", "of the peak", "memory, GiB", title=f"Qwen3-VL-{size} on {device}")
     with tempfile.TemporaryDirectory() as top:
