@@ -40,12 +40,12 @@ def made(tiny_folder, tmp_path_factory) -> Path:
     return top
 
 
-def train(top: Path, ranks: int, at_once: int, accumulation: int, stage: int) -> None:
+def train(top: Path, ranks: int, at_once: int, accumulation: int, stage: int, offload: bool = False) -> None:
     """A batch of 8 rows in each step, split like this; top: the folder to train in."""
     os.chdir(top)
     profile = params.load(ROOT / "params.yaml").profiles["tiny"]
     changes = {"eval_steps": 10, "early_stopping_patience": None, "batch_size": 8, "micro_batch_size": at_once}
-    sft = profile.sft.model_copy(update=changes | {"zero": params.Zero(stage=stage)})
+    sft = profile.sft.model_copy(update=changes | {"zero": params.Zero(stage=stage, offload=offload)})
     profile = profile.model_copy(update={"sft": sft})
     import sft as stage_sft
 
@@ -84,6 +84,7 @@ def test_a_batch_has_the_same_loss_however_it_is_split(trained):
     whole = trained("whole", 1, 8, 1, 0)
     others = {
         "two ranks, ZeRO-2": trained("zero2", 2, 4, 1, 2),
+        "two ranks, ZeRO-2, the optimizer in the host's memory": trained("offloaded", 2, 4, 1, 2, True),
         "two ranks, ZeRO-3": trained("zero3", 2, 2, 2, 3),
         "four parts": trained("parts", 1, 2, 4, 0),
     }
