@@ -14,6 +14,8 @@ import pytest
 from closure import ROOT
 from ruamel.yaml import YAML
 
+from apprentice import store
+
 yaml = YAML(typ="safe")
 yaml.sort_base_mapping_type_on_output = False
 TRAINING = ("sft", "rl")
@@ -211,6 +213,25 @@ def test_a_killed_collect_goes_on_where_it_was(tmp_path):
     stage(undisturbed, tmp_path / "other-cache", "stages/collect.py", "expert")
     name = "data/traces/expert.parquet"
     assert (top / name).read_bytes() == (undisturbed / name).read_bytes()
+
+
+def test_a_killed_benchmark_plays_no_episode_twice(tmp_path):
+    changes = SMALL | {"benchmark.seeds": "200000-200039", "benchmark.max_steps": 100}
+    top, cache = checkout(tmp_path / "killed", changes), tmp_path / "cache"
+    process = started(top, cache, "stages/benchmark.py", "expert")
+    wait_for(lambda: _recorded(cache) >= 8, process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert 8 <= _recorded(cache) < 40 and not (top / "data/benchmark/expert.parquet").exists()
+    # Two that were played change places in the cache: where they're not played again, they do so in the outcome.
+    (ledger,) = cache.glob("episodes/*.sqlite")
+    with sqlite3.connect(ledger) as db:
+        one, other = db.execute("SELECT data, key FROM episodes ORDER BY key LIMIT 2").fetchall()
+        db.executemany("UPDATE episodes SET data = ? WHERE key = ?", [(one[0], other[1]), (other[0], one[1])])
+    stage(top, cache, "stages/benchmark.py", "expert")
+    seeds = [seed for seed, _ in store.outcomes(top / "data/benchmark/expert.parquet")]
+    assert sorted(seeds) == list(range(200000, 200040))
+    assert sum(seed != place for place, seed in enumerate(seeds, 200000)) == 2
 
 
 def _recorded(cache: Path, keys: str = "%") -> int:

@@ -214,3 +214,4 @@ def test_a_smaller_difference_needs_more_worlds_by_the_usual_formula():
     one = [some(seed, 6 + seed % 2) for seed in range(40)]  # better by 0 or 1 of 22: mean 0.5, deviation 0.506
     other = [some(seed, 6) for seed in range(40)]
     assert compare(one, other, SAMPLES)["needed"] == 9
+    assert compare(one[2:4], [some(2, 1), some(3, 1)], SAMPLES)["needed"] == 6  # fewer never reach p < 0.05

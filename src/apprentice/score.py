@@ -15,6 +15,8 @@ FEW = 10
 """With fewer episodes no interval is to be trusted: a bootstrap can't know what none of them has shown."""
 _LEVEL, _POWER = 1.96, 0.84
 """Normal quantiles of a 5 % two-sided test, and of finding in 80 % of attempts what is there."""
+_FEWEST = 6
+"""With fewer worlds no signs at all make the permutation test's p less than 5 %: 2 / 2^5 is 6.25 %."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ def compare(one: Sequence[Summary], other: Sequence[Summary], samples: int = 10_
         "better": int((differences > 0).sum()),
         "worse": int((differences < 0).sum()),
         "p": _paired_p(differences, samples),
-        "needed": ceil(((_LEVEL + _POWER) * spread / mean) ** 2) if mean and spread else None,
+        "needed": max(_FEWEST, ceil(((_LEVEL + _POWER) * spread / mean) ** 2)) if mean and spread else None,
     }
 
 
