@@ -64,30 +64,43 @@ def dvc(top: Path, *arguments: str) -> str:
 
 @pytest.fixture(scope="module")
 def pushed(server, tmp_path_factory) -> Path:
-    """A checkout where all has run and been pushed."""
+    """A checkout where all has run and been pushed, the run-cache with it."""
     top = checkout(tmp_path_factory.mktemp("pushed") / "checkout", SMALL)
     dvc(top, "repro")
     # As the README says it.
     dvc(top, "remote", "add", "--default", "store", "s3://bucket/apprentice")
     dvc(top, "remote", "modify", "store", "endpointurl", server)
-    dvc(top, "push")
+    dvc(top, "push", "--run-cache")
     return top
 
 
 def clone(pushed: Path, folder: Path) -> Path:
     """What a colleague has from git: nothing of DVC's."""
     top = folder / "clone"
-    shutil.copytree(pushed, top, ignore=shutil.ignore_patterns("data", "models", "cache", "tmp", "__pycache__"))
+    left = ("data", "models", "metrics", "cache", "tmp", "__pycache__")
+    shutil.copytree(pushed, top, ignore=shutil.ignore_patterns(*left))
+    (top / "metrics").mkdir()
+    shutil.copy(pushed / "metrics/summary.json", top / "metrics")
     assert not (top / ".dvc/cache").exists() and not (top / "models").exists()
     return top
 
 
 def test_a_colleague_gets_every_out_and_runs_nothing(pushed, tmp_path):
     top = clone(pushed, tmp_path)
-    dvc(top, "pull")
-    for name in ("data", "models"):
+    dvc(top, "pull", "--run-cache")
+    for name in ("data", "models", "metrics"):
         assert contents(top / name) == contents(pushed / name)
     assert "Running stage" not in dvc(top, "repro")
+
+
+def test_what_others_have_run_is_not_run_again(pushed, tmp_path):
+    """By the run-cache: dvc.lock says nothing of it."""
+    top = clone(pushed, tmp_path)
+    (top / "dvc.lock").unlink()
+    dvc(top, "fetch", "--run-cache")
+    said = dvc(top, "repro", "split")
+    assert "Running stage" not in said and "is cached" in said
+    assert contents(top / "data/sft") == contents(pushed / "data/sft")
 
 
 def test_a_machine_pulls_its_inputs_and_pushes_its_outputs(pushed, tmp_path, monkeypatch):

@@ -49,13 +49,6 @@ _TRIES = 5
 
 
 @dataclass(frozen=True)
-class Out:
-    path: str
-    cached: bool
-    """In DVC's cache, and not in git."""
-
-
-@dataclass(frozen=True)
 class Work:
     """A stage with what it reads and what it makes."""
 
@@ -65,7 +58,7 @@ class Work:
     """Its name in dvc.yaml; with the key, where there are several: benchmark_student@sft."""
     inputs: tuple[str, ...]
     """Files and folders that it needs and that are not in git."""
-    outs: tuple[Out, ...]
+    outs: tuple[str, ...]
     name: str
     """Of its cluster: the stage and a digest of all that shapes the outputs."""
 
@@ -83,7 +76,7 @@ def work(stage: str, arguments: list[str], lock: str) -> Work:
         target = loaded.addressing
         shaping = {dep.def_path: dep.read_params() for dep in loaded.deps if isinstance(dep, ParamsDependency)}
         files = [dep.def_path for dep in loaded.deps if not isinstance(dep, ParamsDependency)]
-        outs = tuple(Out(out.def_path, out.use_cache) for out in loaded.outs)
+        outs = tuple(out.def_path for out in loaded.outs)
     if missing := [path for path in files if not Path(path).exists()]:
         raise ConfigError(f"{target} needs {', '.join(missing)}: run dvc repro {target}, which makes what is missing")
     if not Path(lock).is_file():
@@ -403,7 +396,7 @@ def gather(folder: Path, doing: Work, place: compute.Stage, seconds: float | Non
         "target": doing.target,
         "arguments": list(doing.arguments),
         "inputs": list(doing.inputs),
-        "outs": [vars(out) for out in doing.outs],
+        "outs": doing.outs,
         "transfer": place.transfer,
         "seconds": seconds,
     }
@@ -534,23 +527,20 @@ def _bring(sky: Sky, doing: Work, place: compute.Stage, outcome: dict) -> None:
         if place.transfer == "remote":
             _pull(outcome, folder)
         else:
-            _rsync(doing.name, [out.path for out in doing.outs], folder)
+            _rsync(doing.name, list(doing.outs), folder)
         for out in doing.outs:
-            found = folder / out.path
-            if not found.exists() or digest(found) != outcome["digests"][out.path]:
-                raise WorkError(f"{doing.stage}: {out.path} came broken; run the same command again to fetch it anew")
+            found = folder / out
+            if not found.exists() or digest(found) != outcome["digests"][out]:
+                raise WorkError(f"{doing.stage}: {out} came broken; run the same command again to fetch it anew")
         for out in doing.outs:
-            target = Path(out.path)
+            target = Path(out)
             shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
             target.parent.mkdir(parents=True, exist_ok=True)
-            (folder / out.path).rename(target)
+            (folder / out).rename(target)
 
 
 def _pull(outcome: dict, folder: Path) -> None:
     """The outputs from DVC's remote, by way of its cache here."""
-    for path, text in outcome["texts"].items():
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        (folder / path).write_text(text)
     (folder / ".dvc").mkdir()
     for name in ("config", "config.local"):
         if Path(".dvc", name).exists():

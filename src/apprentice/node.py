@@ -36,17 +36,14 @@ def main() -> int:
     if not code:
         left = None if work["seconds"] is None else work["seconds"] - (time.time() - float(began.read_text()))
         code = _stage(work["stage"], work["arguments"], left)
-    outcome = {"exit_code": code, "digests": {}, "texts": {}, "stored": []}
+    outcome = {"exit_code": code, "digests": {}, "stored": []}
     if code == 0:
         from apprentice.ledger import digest
 
-        outcome["digests"] = {out["path"]: digest(Path(out["path"])) for out in work["outs"]}
+        outcome["digests"] = {out: digest(Path(out)) for out in work["outs"]}
     if code == 0 and remote:
-        outcome["texts"] = {out["path"]: Path(out["path"]).read_text() for out in work["outs"] if not out["cached"]}
-        stored = [out["path"] for out in work["outs"] if out["cached"]]
-        outcome["exit_code"] = _dvc("commit", "--force", work["target"]) or _dvc("push", *stored)
-        locked = YAML(typ="safe").load(Path("dvc.lock").read_text())["stages"][work["target"]]["outs"]
-        outcome["stored"] = [out for out in locked if out["path"] in stored]
+        outcome["exit_code"] = _dvc("commit", "--force", work["target"]) or _dvc("push", *work["outs"])
+        outcome["stored"] = YAML(typ="safe").load(Path("dvc.lock").read_text())["stages"][work["target"]]["outs"]
     text = json.dumps(outcome)
     (FOLDER / "outcome.json").write_text(text)
     print(f"{MARK}{text}", flush=True)
