@@ -210,8 +210,8 @@ def measure(size: str, folder: Path, found: Path, settings: dict, steps: int) ->
         with torch.no_grad():
             device = next(tower.parameters()).device
             pixels = batch["pixel_values"].to(device, kind)
-            given = tower(pixels, grid_thw=batch["image_grid_thw"].to(device))
-        tower.forward = lambda *_, **__: given
+            given = tower(pixels, grid_thw=batch["image_grid_thw"].to(device), return_dict=True)
+        tower.forward = lambda *_, **__: type(given)(**given)  # which the model changes
     if zero.stage < 3:
         student.fold(trainer.model)
     if cuda:
