@@ -87,7 +87,7 @@ def clone(pushed: Path, folder: Path) -> Path:
 
 def test_a_colleague_gets_every_out_and_runs_nothing(pushed, tmp_path):
     top = clone(pushed, tmp_path)
-    dvc(top, "pull", "--run-cache")
+    dvc(top, "pull")
     for name in ("data", "models", "metrics"):
         assert contents(top / name) == contents(pushed / name)
     assert "Running stage" not in dvc(top, "repro")
@@ -97,8 +97,7 @@ def test_what_others_have_run_is_not_run_again(pushed, tmp_path):
     """By the run-cache: dvc.lock says nothing of it."""
     top = clone(pushed, tmp_path)
     (top / "dvc.lock").unlink()
-    dvc(top, "fetch", "--run-cache")
-    said = dvc(top, "repro", "split")
+    said = dvc(top, "repro", "--pull", "split")
     assert "Running stage" not in said and "is cached" in said
     assert contents(top / "data/sft") == contents(pushed / "data/sft")
 
