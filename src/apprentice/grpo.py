@@ -225,7 +225,9 @@ class Trainer(GRPOTrainer):
             with Ledger(ledger_name) as ledger:
                 # What was played here need not be rendered again; it's the same.
                 known = rollouts.read(ledger, name, len(seeds))
-                return [mine.get(place, episode) for place, episode in enumerate(known)]
+                found = [mine.get(place, episode) for place, episode in enumerate(known)]
+            self.accelerator.wait_for_everyone()  # the first rank may go on to other weights, and forget these
+            return found
 
         return episodes
 
