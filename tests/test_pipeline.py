@@ -199,37 +199,38 @@ def test_another_clone_gives_the_same_bytes(ran, tmp_path):
         assert (top / name).read_bytes() == (ran / name).read_bytes(), name
 
 
-def test_a_killed_collect_goes_on_where_it_was(tmp_path):
-    changes = SMALL | {"teachers.expert.seeds": "0-39", "teachers.expert.max_steps": 100}
+def killed_in_play(tmp_path: Path, changes: dict, file: str, out: str) -> tuple[Path, Path]:
+    """A checkout and its cache after a kill of this stage for the expert, with 8 to 39 of 40 episodes played."""
     top, cache = checkout(tmp_path / "killed", changes), tmp_path / "cache"
-    process = started(top, cache, "stages/collect.py", "expert")
+    process = started(top, cache, file, "expert")
     wait_for(lambda: _recorded(cache) >= 8, process)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    done = _recorded(cache)
-    assert 8 <= done < 40 and not (top / "data/traces/expert.parquet").exists()
+    assert 8 <= _recorded(cache) < 40 and not (top / out).exists()
+    return top, cache
+
+
+def test_a_killed_collect_goes_on_where_it_was(tmp_path):
+    changes = SMALL | {"teachers.expert.seeds": "0-39", "teachers.expert.max_steps": 100}
+    name = "data/traces/expert.parquet"
+    top, cache = killed_in_play(tmp_path, changes, "stages/collect.py", name)
     stage(top, cache, "stages/collect.py", "expert")
     undisturbed = checkout(tmp_path / "undisturbed", changes)
     stage(undisturbed, tmp_path / "other-cache", "stages/collect.py", "expert")
-    name = "data/traces/expert.parquet"
     assert (top / name).read_bytes() == (undisturbed / name).read_bytes()
 
 
 def test_a_killed_benchmark_plays_no_episode_twice(tmp_path):
     changes = SMALL | {"benchmark.seeds": "200000-200039", "benchmark.max_steps": 100}
-    top, cache = checkout(tmp_path / "killed", changes), tmp_path / "cache"
-    process = started(top, cache, "stages/benchmark.py", "expert")
-    wait_for(lambda: _recorded(cache) >= 8, process)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    assert 8 <= _recorded(cache) < 40 and not (top / "data/benchmark/expert.parquet").exists()
+    name = "data/benchmark/expert.parquet"
+    top, cache = killed_in_play(tmp_path, changes, "stages/benchmark.py", name)
     # Two that were played change places in the cache: where they're not played again, they do so in the outcome.
     (ledger,) = cache.glob("episodes/*.sqlite")
     with sqlite3.connect(ledger) as db:
         one, other = db.execute("SELECT data, key FROM episodes ORDER BY key LIMIT 2").fetchall()
         db.executemany("UPDATE episodes SET data = ? WHERE key = ?", [(one[0], other[1]), (other[0], one[1])])
     stage(top, cache, "stages/benchmark.py", "expert")
-    seeds = [seed for seed, _ in store.outcomes(top / "data/benchmark/expert.parquet")]
+    seeds = [seed for seed, _ in store.outcomes(top / name)]
     assert sorted(seeds) == list(range(200000, 200040))
     assert sum(seed != place for place, seed in enumerate(seeds, 200000)) == 2
 
