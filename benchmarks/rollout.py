@@ -83,8 +83,8 @@ def timed():
         (prompt, "png", "picture"),
         (prompt, "picture", "picture"),
         (prompt, "messages", "prompt"),
-        (conversation, "encode", "prompt"),
-        (local, "encode", "prompt"),
+        (conversation, "encode_all", "prompt"),
+        (local, "encode_all", "prompt"),
         (prompt, "parse", "parse"),
     ]
     originals = [getattr(owner, name) for owner, name, _ in parts]

@@ -84,7 +84,7 @@ def padding(folder: Path) -> None:
     import numpy as np
 
     from apprentice import dataset, student, training
-    from apprentice.conversation import batch, encode
+    from apprentice.conversation import batch, encode_all
     from apprentice.dataset import Jsonl
 
     print("rows                       at once  in order  shuffled")
@@ -92,7 +92,7 @@ def padding(folder: Path) -> None:
         file, base = prepared(folder, form, 960)
         survey, processor = training.survey(file, base, f"padding {form}"), student.processor(base)
         lines = Jsonl(file, survey.places)
-        encoded = [encode(processor, lines[place]["messages"]) for place in range(len(lines))]
+        encoded = encode_all(processor, [lines[place]["messages"] for place in range(len(lines))])
         orders = dataset.order(survey.lengths, 32, 1, 0), np.random.default_rng(0).permutation(len(lines))
         for at_once in (8, 16, 32):
             shares = []

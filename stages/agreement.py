@@ -46,7 +46,7 @@ def answers(rows: list[int], dtype: str, max_tokens: int, together: int, threads
     import numpy as np
 
     from apprentice import prompt
-    from apprentice.conversation import encode
+    from apprentice.conversation import encode_all
     from apprentice.dataset import Jsonl
     from apprentice.local import generate, load
 
@@ -56,7 +56,7 @@ def answers(rows: list[int], dtype: str, max_tokens: int, together: int, threads
     for start in range(0, len(rows), together):
         places = rows[start : start + together]
         chats = [data[place]["messages"] for place in places]
-        shown = [encode(processor, chat[:-1]) for chat in chats]
+        shown = encode_all(processor, [chat[:-1] for chat in chats])
         replies = generate(student.model, processor, shown, np.zeros((len(shown), max_tokens)), temperature=0.0)
         for place, chat, (ids, *_) in zip(places, chats, replies, strict=True):
             text = processor.tokenizer.decode([token for token in ids if token != processor.tokenizer.eos_token_id])

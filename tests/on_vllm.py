@@ -87,7 +87,7 @@ def replies(policy, turns):
 @torch.no_grad()
 def logprobs(model, processor, turn, reply, temperature: float) -> list[float]:
     """Of a reply's tokens, computed here."""
-    encoded = replace(shown(processor, turn), answer_ids=reply.sample.encoded.answer_ids)
+    encoded = replace(shown(processor, [turn])[0], answer_ids=reply.sample.encoded.answer_ids)
     inputs = batch(processor, [encoded])
     del inputs["labels"]
     logits = model(**inputs).logits[0, len(encoded.prompt_ids) - 1 : -1].double()
@@ -132,7 +132,7 @@ def test_greedy_replies_are_those_of_the_model_in_process(servers, processor, ti
     policy = remote.Remote("student", servers, named, processor, 0.0, 16)
     turns, parted = [turn for settings in KINDS.values() for turn, _ in decisions(settings, 6)], 0
     for turn, reply in zip(turns, replies(policy, turns), strict=True):
-        here = shown(processor, turn)
+        here = shown(processor, [turn])[0]
         [[ids, chances, *_]] = generate(model, processor, [here], np.zeros((1, 16)), 0.0)
         sample = reply.sample
         served = sample.encoded.answer_ids

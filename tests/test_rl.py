@@ -76,7 +76,7 @@ def test_a_decision_read_back_is_trained_on_as_it_was_sampled(tiny):
         played = share(tiny, ledger)
         for place, episode in enumerate(rollouts.read(ledger, "x", len(SEEDS))):
             for before, after in zip(played[place].steps, episode.steps, strict=True):
-                one, other = (rollouts.encoded(step, SHOWN, processor) for step in (before, after))
+                one, other = rollouts.encoded([before, after], SHOWN, processor)
                 assert (one.prompt_ids, one.answer_ids) == (other.prompt_ids, other.answer_ids)
                 assert torch.equal(one.pixel_values, other.pixel_values)
                 assert before.reply.sample.logprobs == after.reply.sample.logprobs

@@ -55,7 +55,7 @@ def test_the_decisions_are_of_every_kind(pairs):
 def test_in_process_generation_is_given_what_training_is(pairs, tiny_folder):
     processor = student.processor(tiny_folder)
     for turn, _, trained in pairs:
-        asked = local.shown(processor, turn)
+        asked = local.shown(processor, [turn])[0]
         assert asked.prompt_ids == trained.prompt_ids and asked.answer_ids == []
         _same(asked.pixel_values, trained.pixel_values)
         _same(asked.image_grid_thw, trained.image_grid_thw)

@@ -9,6 +9,7 @@ import torch
 from accelerate import PartialState
 from peft.tuners.lora import LoraLayer
 
+from apprentice.lighter import lighten
 from apprentice.local import Local
 from apprentice.policy import Policy
 from apprentice.remote import Remote
@@ -48,6 +49,7 @@ class InProcess:
         """model: the base model once more."""
         self.model, self.processor = model, processor
         self.exact = model.dtype == torch.float32
+        lighten(model)
 
     @torch.no_grad()
     def update(self, model, version: int) -> None:

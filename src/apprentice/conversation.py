@@ -1,6 +1,7 @@
 """Chats: an episode's decisions as OpenAI rows, and rows as the token ids and pixels that a model is given."""
 
 import base64
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -83,48 +84,91 @@ def length(processor, messages: list[dict]) -> int:
     """How many tokens `encode` would give for an answered chat; its pictures are opened only to see their size."""
     images, sizes = processor.image_processor, [prompt.png_size(data) for data in _pngs(messages)]
     patches = sum(images.get_number_of_image_patches(height, width) for width, height in sizes)
-    whole = processor.apply_chat_template(messages, tools=prompt.TOOLS, tokenize=False).removesuffix("\n")
-    words = len(_ids(processor.tokenizer, whole))
+    words = len(_ids(processor.tokenizer, ["".join(_rendered(processor, messages))])[0])
     return words - len(sizes) + patches // images.merge_size**2
 
 
-def _ids(tokenizer, text: str) -> list[int]:
-    """Token ids of a rendered chat, one for each picture."""
+def _ids(tokenizer, texts: list[str]) -> list[list[int]]:
+    """Token ids of rendered chats, one for each picture."""
     # A special token is cut out before anything else, so what stands before the first end of turn can be kept: it's
     # the system prompt with the tools, most of the text and the same in every row.
-    first, end, rest = text.partition(tokenizer.eos_token)
-    return [*_kept_ids(tokenizer, first + end), *tokenizer(rest, add_special_tokens=False)["input_ids"]]
+    parts = [text.partition(tokenizer.eos_token) for text in texts]
+    rests = tokenizer([rest for _, _, rest in parts], add_special_tokens=False)["input_ids"]
+    return [[*_kept_ids(tokenizer, first + end), *rest] for (first, end, _), rest in zip(parts, rests, strict=True)]
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=256)
 def _kept_ids(tokenizer, text: str) -> tuple[int, ...]:
     return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def encode(processor, messages: list[dict], images: Sequence[np.ndarray] | None = None) -> Encoded:
-    """Token ids and pixels of a chat with the tool `act`; the one way to them for training, playing and RL.
+_PLACE = "\ue000"
 
-    If the last message is the assistant's, its text becomes the answer. images: the pictures, where they are at hand
-    decoded; otherwise they are decoded from the messages.
+
+def _rendered(processor, chat: list[dict]) -> tuple[str, str]:
+    """A chat by the chat template, up to where the last assistant message begins, and that message.
+
+    Of a chat's words only the last of its user's change from one decision to the next, and the template copies those as
+    they are: chats that differ in nothing else are rendered once.
     """
-    images = pictures(messages) if images is None else images
+    turn = next((place for place in reversed(range(len(chat))) if chat[place]["role"] == "user"), None)
+    content = chat[turn]["content"] if turn is not None else None
+    words = [part["text"] for part in content if part["type"] == "text"] if isinstance(content, list) else []
+    if len(words) == 1:
+        parts = [part | {"text": _PLACE} if part["type"] == "text" else {"type": "image"} for part in content]
+        marked = [*chat[:turn], chat[turn] | {"content": parts}, *chat[turn + 1 :]]
+        before, answer = _template(processor, json.dumps(marked))
+        if before.count(_PLACE) == 1 and _PLACE not in answer:
+            return before.replace(_PLACE, words[0]), answer
+    return _template.__wrapped__(processor, json.dumps(chat))
+
+
+@lru_cache(maxsize=256)
+def _template(processor, chat: str) -> tuple[str, str]:
+    messages = json.loads(chat)
     answered = messages[-1]["role"] == "assistant"
     shown = messages[:-1] if answered else messages
     before = processor.apply_chat_template(shown, tools=prompt.TOOLS, add_generation_prompt=True, tokenize=False)
-    prompt_ids = _ids(processor.tokenizer, before)
-    answer_ids = []
-    if answered:
-        whole = processor.apply_chat_template(messages, tools=prompt.TOOLS, tokenize=False)
-        # The template ends a turn with a line break that the model never says.
-        answer_ids = processor.tokenizer(whole[len(before) :].removesuffix("\n"), add_special_tokens=False)["input_ids"]
-    if not images:
-        return Encoded(prompt_ids, answer_ids, None, None)
-    vision = processor.image_processor(images=list(images), return_tensors="pt")
-    tokens = (vision["image_grid_thw"].prod(dim=1) // processor.image_processor.merge_size**2).tolist()
-    expanded, picture = [], iter(tokens)
-    for token in prompt_ids:
-        expanded += [token] * next(picture) if token == processor.image_token_id else [token]
-    return Encoded(expanded, answer_ids, vision["pixel_values"], vision["image_grid_thw"])
+    if not answered:
+        return before, ""
+    whole = processor.apply_chat_template(messages, tools=prompt.TOOLS, tokenize=False)
+    # The template ends a turn with a line break that the model never says.
+    return before, whole[len(before) :].removesuffix("\n")
+
+
+def encode(processor, messages: list[dict], images: Sequence[np.ndarray] | None = None) -> Encoded:
+    """One chat as `encode_all` has it."""
+    return encode_all(processor, [messages], None if images is None else [images])[0]
+
+
+def encode_all(
+    processor, chats: Sequence[list[dict]], images: Sequence[Sequence[np.ndarray]] | None = None
+) -> list[Encoded]:
+    """Token ids and pixels of chats with the tool `act`; the one way to them for training, playing and RL.
+
+    If a chat's last message is the assistant's, its text becomes the answer. images: each chat's pictures, where they
+    are at hand decoded; otherwise they are decoded from the messages.
+    """
+    images = [pictures(chat) for chat in chats] if images is None else images
+    rendered = [_rendered(processor, chat) for chat in chats]
+    asked = _ids(processor.tokenizer, [before for before, _ in rendered])
+    answers = [list(_kept_ids(processor.tokenizer, answer)) if answer else [] for _, answer in rendered]
+    seen = [image for of_chat in images for image in of_chat]
+    if not seen:
+        return [Encoded(ids, answer, None, None) for ids, answer in zip(asked, answers, strict=True)]
+    vision = processor.image_processor(images=seen, return_tensors="pt")
+    grids, patches = vision["image_grid_thw"], vision["image_grid_thw"].prod(dim=1).tolist()
+    pixels = vision["pixel_values"].split(patches)
+    found, first = [], 0
+    for ids, answer, of_chat in zip(asked, answers, images, strict=True):
+        mine = slice(first, first := first + len(of_chat))
+        tokens = iter(count // processor.image_processor.merge_size**2 for count in patches[mine])
+        expanded = []
+        for token in ids:
+            expanded += [token] * next(tokens) if token == processor.image_token_id else [token]
+        shown = (torch.cat(pixels[mine]), grids[mine]) if of_chat else (None, None)
+        found.append(Encoded(expanded, answer, *shown))
+    return found
 
 
 def batch(processor, rows: Sequence[Encoded]) -> dict[str, torch.Tensor]:

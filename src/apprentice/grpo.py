@@ -27,6 +27,7 @@ from apprentice.advantages import Critic, advantages
 from apprentice.conversation import batch
 from apprentice.episode import Episode, Step
 from apprentice.ledger import Ledger
+from apprentice.lighter import lighten
 from apprentice.local import vision_tokens
 from apprentice.params import ConfigError, Judge, Prompt, Rl, Sampling
 from apprentice.reward import rewards, with_mean
@@ -74,6 +75,7 @@ class Trainer(GRPOTrainer):
         # TRL walks through a data set of prompts; ours come from the world, so its rows only count.
         rows = Dataset.from_dict({"prompt": ["play"] * args.generation_batch_size})
         super().__init__(model, _no_reward, args=args, train_dataset=rows, processing_class=processor)
+        lighten(model.get_base_model())
 
     @property
     def iteration(self) -> int:
@@ -240,7 +242,7 @@ class Trainer(GRPOTrainer):
         steps = []
         for start in range(0, len(episode.steps), size):
             part = episode.steps[start : start + size]
-            shown = [rollouts.encoded(step, self.shown_with, self.processing_class) for step in part]
+            shown = rollouts.encoded(part, self.shown_with, self.processing_class)
             inputs = batch(self.processing_class, [replace(row, answer_ids=[]) for row in shown])
             inputs = {name: self._to_device(value) for name, value in inputs.items() if name != "labels"}
             hidden = model.model(**inputs).last_hidden_state[:, -1].float().cpu().numpy()
@@ -334,7 +336,7 @@ class Trainer(GRPOTrainer):
         return found
 
     def _rows(self, steps: list[Step], weights: np.ndarray) -> dict:
-        encoded = [rollouts.encoded(step, self.shown_with, self.processing_class) for step in steps]
+        encoded = rollouts.encoded(steps, self.shown_with, self.processing_class)
         rows = batch(self.processing_class, encoded)
         answer = max(len(row.answer_ids) for row in encoded)
         prompt = rows["input_ids"].shape[1] - answer

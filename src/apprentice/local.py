@@ -2,14 +2,16 @@
 
 import asyncio
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from apprentice import prompt, student
-from apprentice.conversation import Encoded, batch, encode
+from apprentice.conversation import Encoded, batch, encode_all
 from apprentice.episode import Reply
+from apprentice.lighter import lighten
 from apprentice.policy import Turn
 
 
@@ -49,7 +51,7 @@ class Local:
             return
         waiting, self._waiting = self._waiting, []
         try:
-            rows = [shown(self.processor, turn) for turn, _, _ in waiting]
+            rows = shown(self.processor, [turn for turn, _, _ in waiting])
             draws = np.stack([generator.random(self.max_tokens) for _, generator, _ in waiting])
             answers = generate(self.model, self.processor, rows, draws, self.temperature)
         except BaseException as error:
@@ -73,12 +75,13 @@ def as_reply(name: str, processor, prompt_tokens: int, ids: list[int], sample) -
     return Reply(message, "stop" if ended else "length", name, prompt_tokens, len(ids), sample)
 
 
-def shown(processor, turn: Turn) -> Encoded:
-    """What the student is given at a turn: its picture is taken as it is, and not by way of a PNG."""
-    chat = prompt.messages(turn.observation, turn.settings, turn.history, inline=False)
-    return encode(
-        processor, chat, [prompt.picture(turn.observation, turn.settings)] if turn.settings.mode != "text" else []
-    )
+def shown(processor, turns: Sequence[Turn]) -> list[Encoded]:
+    """What the student is given at these turns: its pictures are taken as they are, and not by way of a PNG."""
+    chats = [prompt.messages(turn.observation, turn.settings, turn.history, inline=False) for turn in turns]
+    pictures = [
+        [prompt.picture(turn.observation, turn.settings)] if turn.settings.mode != "text" else [] for turn in turns
+    ]
+    return encode_all(processor, chats, pictures)
 
 
 def load(
@@ -95,6 +98,7 @@ def load(
     model, processor = student.load(base, adapter, dtype)
     if adapter:
         model = model.merge_and_unload()  # answers a third faster
+    lighten(model)
     return Local(name, model, processor, temperature, max_tokens)
 
 

@@ -11,7 +11,7 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 from apprentice import prompt
-from apprentice.conversation import batch, encode
+from apprentice.conversation import batch, encode_all
 from apprentice.expert import Expert
 from apprentice.params import Pretraining, Prompt
 from apprentice.student import TEMPLATE
@@ -127,13 +127,15 @@ def sight(model, processor, settings: Prompt, held_out: list[Frame]) -> dict[str
 
 def _lesson(processor, settings: Prompt, chosen: list[Frame], generator: np.random.Generator) -> dict:
     """Model inputs and labels for these frames, each a turn of play with any valid action as the reply."""
-    rows = []
-    for frame in chosen:
-        chat = prompt.messages(frame.observation, settings, frame.history, inline=False)
-        reply = prompt.answer([ACTIONS[generator.integers(len(ACTIONS))]])
-        pictures = [prompt.picture(frame.observation, settings)] if settings.mode != "text" else []
-        rows.append(encode(processor, [*chat, reply], pictures))
-    inputs = batch(processor, rows)
+    chats = [
+        [
+            *prompt.messages(frame.observation, settings, frame.history, inline=False),
+            prompt.answer([ACTIONS[generator.integers(len(ACTIONS))]]),
+        ]
+        for frame in chosen
+    ]
+    pictures = [[prompt.picture(frame.observation, settings)] if settings.mode != "text" else [] for frame in chosen]
+    inputs = batch(processor, encode_all(processor, chats, pictures))
     if settings.mode == "text":
         return inputs
     ids = inputs["input_ids"]

@@ -118,21 +118,27 @@ def _sample(row: dict) -> Sample:
     return Sample(Encoded([], row["answer_ids"], None, None), row["logprobs"], hidden)
 
 
-def encoded(step: Step, settings: Prompt, processor) -> Encoded:
-    """What was shown and answered, as the model takes it; rendered here for a decision that was read back, or served.
+def encoded(steps: Sequence[Step], settings: Prompt, processor) -> list[Encoded]:
+    """What was shown and answered, as the model takes it; rendered here for decisions that were read back, or served.
 
     Raises WorkError if a server was shown something else.
     """
-    known = step.reply.sample.encoded
-    if known.prompt_ids and (known.pixel_values is not None or settings.mode == "text"):
-        return known
-    here = shown(processor, Turn(step.observation, step.history, settings))
-    if known.prompt_ids and known.prompt_ids != here.prompt_ids:
-        raise WorkError(
-            "the vLLM server renders other prompts than training does: it has another model or another chat template; "
-            "let it serve models/base with the flags of apprentice.serve"
-        )
-    return replace(here, answer_ids=known.answer_ids)
+    found = [step.reply.sample.encoded for step in steps]
+    lacking = [
+        place
+        for place, known in enumerate(found)
+        if not known.prompt_ids or (known.pixel_values is None and settings.mode != "text")
+    ]
+    turns = [Turn(steps[place].observation, steps[place].history, settings) for place in lacking]
+    for place, here in zip(lacking, shown(processor, turns) if turns else [], strict=True):
+        known = found[place]
+        if known.prompt_ids and known.prompt_ids != here.prompt_ids:
+            raise WorkError(
+                "the vLLM server renders other prompts than training does: it has another model or another chat "
+                "template; let it serve models/base with the flags of apprentice.serve"
+            )
+        found[place] = replace(here, answer_ids=known.answer_ids)
+    return found
 
 
 SCHEMA = pa.schema(

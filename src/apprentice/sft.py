@@ -4,6 +4,8 @@ import torch
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
 
+from apprentice.lighter import lighten
+
 
 class Trainer(SFTTrainer):
     """The loss of a batch, and of the validation rows, is the same on any number of devices and in any parts."""
@@ -13,6 +15,7 @@ class Trainer(SFTTrainer):
         # Qwen3-VL says no, meaning a loss of its own that isn't used here. Without the number of tokens of the whole
         # batch, TRL's would be the mean of each part's mean.
         self.model_accepts_loss_kwargs = True
+        lighten(self.accelerator.unwrap_model(self.model).get_base_model())
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
         self._evaluated = []

@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from apprentice import student
-from apprentice.conversation import batch, encode, length
+from apprentice.conversation import batch, encode_all, length
 from apprentice.dataset import Jsonl
 from apprentice.ledger import cache
 from apprentice.params import Lora, Sft, Zero
@@ -104,7 +104,7 @@ class Rows:
         """What TRL takes; a row is encoded when it is asked for."""
 
     def _encode(self, chosen: dict) -> dict:
-        encoded = [encode(self.processor, self._rows[index]["messages"]) for index in chosen["row"]]
+        encoded = encode_all(self.processor, [self._rows[index]["messages"] for index in chosen["row"]])
         # TRL takes the data set for one with pictures if a row has the key `images`.
         return {"images": [row.image_grid_thw for row in encoded], "encoded": encoded}
 
