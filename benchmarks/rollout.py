@@ -3,8 +3,10 @@
     python benchmarks/rollout.py [--adapter models/sft] [--episodes 16] [--steps 20]
 
 TRL's is GRPOTrainer's `environment_factory`: one growing conversation an episode, all of whose pictures are processed
-again at each turn. BALROG's is a process for each episode, which asks the same vLLM server one decision at a time. Each
-way plays a few decisions first, unmeasured. vLLM is started as compute.yaml says (on a CPU, after `make vllm`).
+again at each turn. A student of single decisions says nothing of use in it, so every reply is made to be the tool call
+it would be; the model computes as it would. BALROG's is a process for each episode, which asks the same vLLM server one
+decision at a time. Each way plays a few decisions first, unmeasured. vLLM is started as compute.yaml says (on a CPU,
+after `make vllm`).
 """
 
 import json
@@ -21,6 +23,7 @@ import typer
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
+from transformers import LogitsProcessor
 
 from apprentice import compute, conversation, local, params, play, prompt, remote, serve, student
 from apprentice.policy import Turn
@@ -141,6 +144,14 @@ def trl(adapter: Path, seeds: list[int], steps: int, profile: params.Profile) ->
             return [{"type": "image", "image": picture}, {"type": "text", "text": words}]
 
     model, processor = student.load(BASE, adapter, profile.dtype, trainable=True)
+    said = conversation.encode(processor, [{"role": "user", "content": "?"}, prompt.answer(["noop"])]).answer_ids
+    alone = model.get_base_model()
+    generate = alone.generate
+
+    def calling(*args, input_ids: torch.Tensor, **kwargs):
+        return generate(*args, input_ids=input_ids, logits_processor=[Said(said, input_ids.shape[1])], **kwargs)
+
+    alone.generate = calling
     processor.chat_template = chat_template_utils.qwen3_vl_chat_template  # TRL parses replies of those it knows
     asked = [
         {"role": "system", "content": [{"type": "text", "text": prompt.system(profile.prompt)}]},
@@ -176,6 +187,17 @@ def trl(adapter: Path, seeds: list[int], steps: int, profile: params.Profile) ->
         trainer._generate_and_score_completions(inputs)
         seconds = perf_counter() - began
         return sum(len(environment.history) for environment in trainer.environments) / seconds
+
+
+class Said(LogitsProcessor):
+    """Lets every reply be the same."""
+
+    def __init__(self, reply: list[int], start: int):
+        self.reply, self.start = reply, start
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        token = self.reply[input_ids.shape[1] - self.start]
+        return torch.full_like(scores, -torch.inf).index_fill(1, torch.tensor([token], device=scores.device), 0.0)
 
 
 def balrog(url: str, adapter: Path, seeds: list[int], steps: int, shown: params.Prompt, tokens: int) -> float:

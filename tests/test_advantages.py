@@ -144,15 +144,15 @@ def test_unlocking_is_an_advantage_at_the_step_that_does_it(many):
 
 
 def test_no_episode_is_measured_by_its_own_outcome(many):
-    """A judge's score moves the returns of one episode: those of its own half are measured as before."""
+    """A judge's score moves the returns of one episode: those of its own group are measured as before."""
     weighted = LINEAR.model_copy(update={"reward": Reward(judge=5.0), "scale_rewards": "none"})
     scores = [0.5] * len(many)
     before = advantages(many, weighted, scores)
     after = advantages(many, weighted, [1.0, *scores[1:]])
     # but for the common centre
-    same_half, other_half = (np.ptp(before[index] - after[index]) for index in (2, 3))
-    assert same_half == pytest.approx(0, abs=1e-9)
-    assert other_half > 1e-6
+    same_group, other_group = (np.ptp(before[index] - after[index]) for index in (1, 2))
+    assert same_group == pytest.approx(0, abs=1e-9)
+    assert other_group > 1e-6
 
 
 def test_the_value_function_remembers_earlier_iterations_and_forgets_them_slowly(many):

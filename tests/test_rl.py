@@ -53,7 +53,7 @@ def test_what_is_played_does_not_depend_on_ranks(tiny, remote):
         assert list(share(tiny, two, 0, 2, remote)) == [0, 1, 4, 5]
         assert list(share(tiny, two, 1, 2, remote)) == [2, 3]
         assert list(one.records(KEYS)) == list(two.records(KEYS))
-        actions = [[step.reply.message for step in episode.steps] for episode in rollouts.read(one, "x", 6)]
+        actions = [[step.reply.message for step in episode.steps] for episode in rollouts.read(one, "x", range(6))]
     assert actions[0] != actions[1]  # a group's episodes are different ones
 
 
@@ -74,7 +74,7 @@ def test_a_decision_read_back_is_trained_on_as_it_was_sampled(tiny):
     _, processor = tiny
     with Ledger("kept") as ledger:
         played = share(tiny, ledger)
-        for place, episode in enumerate(rollouts.read(ledger, "x", len(SEEDS))):
+        for place, episode in enumerate(rollouts.read(ledger, "x", range(len(SEEDS)))):
             for before, after in zip(played[place].steps, episode.steps, strict=True):
                 one, other = rollouts.encoded([before, after], SHOWN, processor)
                 assert (one.prompt_ids, one.answer_ids) == (other.prompt_ids, other.answer_ids)
@@ -174,12 +174,19 @@ def test_two_ranks_make_the_update_of_one(adapted, tmp_path):
     assert one.equals(two)
 
 
-def test_a_run_that_leaves_its_bounds_stops_and_gives_the_best_adapter(adapted, tmp_path):
-    done = train(tmp_path / "top", adapted, 1, {"profiles.tiny.rl.max_invalid_rate": 0.0})
+@pytest.mark.parametrize(
+    ("bound", "value", "what"),
+    [
+        ("max_invalid_rate", 0.0, "the share of invalid replies was"),
+        ("max_kl", 1e-12, "the KL divergence to the SFT policy was"),
+    ],
+)
+def test_a_run_that_leaves_its_bounds_stops_and_gives_the_best_adapter(adapted, tmp_path, bound, value, what):
+    done = train(tmp_path / "top", adapted, 1, {f"profiles.tiny.rl.{bound}": value})
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "STOPPED EARLY: the share of invalid replies was" in done.stdout
+    assert f"STOPPED EARLY: {what}" in done.stdout
     metrics = json.loads((tmp_path / "top/metrics/rl.json").read_text())
-    assert "above the bound of 0" in metrics["stopped"] and metrics["best_iteration"] == 0
+    assert f"above the bound of {value:g}" in metrics["stopped"] and metrics["best_iteration"] == 0
     before, after = (
         load_file(folder / "adapter_model.safetensors") for folder in (adapted / "sft", tmp_path / "top/models/rl")
     )

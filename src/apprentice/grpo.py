@@ -225,11 +225,10 @@ class Trainer(GRPOTrainer):
             mine = played.result()
             self.accelerator.wait_for_everyone()
             with Ledger(ledger_name) as ledger:
-                # What was played here need not be rendered again; it's the same.
-                known = rollouts.read(ledger, name, len(seeds))
-                found = [mine.get(place, episode) for place, episode in enumerate(known)]
+                others = [place for place in range(len(seeds)) if place not in mine]
+                found = mine | dict(zip(others, rollouts.read(ledger, name, others), strict=True))
             self.accelerator.wait_for_everyone()  # the first rank may go on to other weights, and forget these
-            return found
+            return [found[place] for place in range(len(seeds))]
 
         return episodes
 

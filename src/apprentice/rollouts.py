@@ -84,9 +84,9 @@ class _Apart:
         return next(self._policies).begin(seed)
 
 
-def read(ledger: Ledger, name: str, count: int) -> Iterator[Episode]:
-    """All episodes of this name, in order, with what a trainer needs of their replies."""
-    for data in ledger.records(f"{name} {place}" for place in range(count)):
+def read(ledger: Ledger, name: str, places: Iterable[int]) -> Iterator[Episode]:
+    """Episodes of this name, in order, with what a trainer needs of their replies."""
+    for data in ledger.records(f"{name} {place}" for place in places):
         rows = pa.ipc.open_stream(data).read_all().to_pylist()
         episode = store.from_rows(rows)
         steps = [
