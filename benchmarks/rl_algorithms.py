@@ -24,10 +24,10 @@ from ruamel.yaml import YAML
 ROOT = Path(__file__).parent.parent
 WORK = ROOT / "tmp" / "rl_algorithms"
 ALGORITHMS = ("return_to_go", "grpo", "gigpo", "linear", "critic")
-SMALLER = {"groups": 8, "decisions": 1536, "batch_size": 128}
+SMALLER = {"groups": 8, "decisions": 1536, "batch_size": 128, "learning_rate": 7.0e-4}
 
 
-def main(seeds: int = 3, iterations: int = 6) -> None:
+def main(seeds: int = 3, iterations: int = 5) -> None:
     cores: SimpleQueue[int] = SimpleQueue()
     for core in os.sched_getaffinity(0):
         cores.put(core)

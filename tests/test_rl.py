@@ -175,14 +175,17 @@ def test_two_ranks_make_the_update_of_one(adapted, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("bound", "value", "what"),
+    ("bound", "value", "what", "iterations"),
     [
-        ("max_invalid_rate", 0.0, "the share of invalid replies was"),
-        ("max_kl", 1e-12, "the KL divergence to the SFT policy was"),
+        ("max_invalid_rate", 0.0, "the share of invalid replies was", 1),
+        ("max_kl", 1e-12, "the KL divergence to the SFT policy was", 2),  # in the first it's 0
     ],
 )
-def test_a_run_that_leaves_its_bounds_stops_and_gives_the_best_adapter(adapted, tmp_path, bound, value, what):
-    done = train(tmp_path / "top", adapted, 1, {f"profiles.tiny.rl.{bound}": value})
+def test_a_run_that_leaves_its_bounds_stops_and_gives_the_best_adapter(
+    adapted, tmp_path, bound, value, what, iterations
+):
+    changes = {f"profiles.tiny.rl.{bound}": value, "profiles.tiny.rl.iterations": 4}
+    done = train(tmp_path / "top", adapted, 1, changes | {"profiles.tiny.rl.evaluation.every": 4})
     assert done.returncode == 0, done.stderr[-3000:]
     assert f"STOPPED EARLY: {what}" in done.stdout
     metrics = json.loads((tmp_path / "top/metrics/rl.json").read_text())
@@ -192,4 +195,4 @@ def test_a_run_that_leaves_its_bounds_stops_and_gives_the_best_adapter(adapted, 
     )
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert (tmp_path / "top/data/rl/rollouts.parquet").exists()
-    assert len((tmp_path / "top/metrics/plots/rl.csv").read_text().splitlines()) == 2
+    assert len((tmp_path / "top/metrics/plots/rl.csv").read_text().splitlines()) == 1 + iterations

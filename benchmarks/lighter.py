@@ -1,0 +1,72 @@
+"""What `lighten` saves: a reply, log-probabilities and a training step of the student, whole and light, in turn.
+
+python benchmarks/lighter.py [--rows 32] [--adapter models/sft]      # one core; after `dvc repro sft`
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+
+import numpy as np
+import torch
+import typer
+from trl.trainer.utils import add_fused_lm_head
+
+from apprentice import local, params, student
+from apprentice.conversation import batch, encode_all, row
+from apprentice.lighter import lighten
+from apprentice.play import play
+from apprentice.policy import Scripted
+
+
+def main(rows: int = 32, adapter: Path = Path("models/sft"), times: int = 15) -> None:
+    profile = params.load().student
+    torch.set_num_threads(1)
+    works = {}
+    for name in ("whole", "light"):
+        player, processor = student.load("models/base", adapter, profile.dtype)
+        player = player.merge_and_unload()
+        learner, _ = student.load("models/base", adapter, profile.dtype, trainable=True)
+        add_fused_lm_head(learner.get_base_model(), outputs=("log_probs", "entropy"))
+        if name == "light":
+            lighten(player)
+            lighten(learner.get_base_model())
+        works[name] = work(player, learner, processor, profile, rows)
+    seconds = {name: {what: [] for what in each} for name, each in works.items()}
+    for _ in range(times):
+        for name, each in works.items():
+            for what, call in each.items():
+                began = perf_counter()
+                call()
+                seconds[name][what].append(perf_counter() - began)
+    for what in seconds["whole"]:
+        whole, light = (median(seconds[name][what][1:]) / rows * 1000 for name in ("whole", "light"))
+        print(f"{what:18} {whole:6.2f} ms a row whole, {light:6.2f} light: {whole / light:.2f} times as fast")
+
+
+def work(player, learner, processor, profile: params.Profile, count: int) -> dict:
+    episodes = play(Scripted("expert"), range(900_000, 900_000 + count), 20, profile.prompt)
+    chats = [row(episode, episode.steps[-1], profile.prompt)["messages"] for episode in episodes]
+    encoded = encode_all(processor, chats)
+    asked = [replace(one, answer_ids=[]) for one in encoded]
+    draws = np.random.default_rng(0).random((count, profile.sampling.max_tokens))
+    inputs = batch(processor, encoded)
+
+    def train() -> None:
+        learner(**inputs, fused_lm_head=True, use_cache=False).loss.backward()
+        learner.zero_grad()
+
+    @torch.no_grad()
+    def score() -> None:
+        learner(**inputs, fused_lm_head=True, use_cache=False)
+
+    return {
+        "a reply": lambda: local.generate(player, processor, asked, draws, 1.0),
+        "log-probabilities": score,
+        "a training step": train,
+    }
+
+
+if __name__ == "__main__":
+    typer.run(main)
