@@ -234,6 +234,7 @@ def top(tiny_folder, adapter, tmp_path_factory) -> Path:
         "profiles.tiny.prompt.history": SHOWN.history,
         "profiles.tiny.rl.iterations": 3,
         "profiles.tiny.rl.staleness": 1,
+        "profiles.tiny.rl.advantage": "linear",
         "profiles.tiny.rl.max_invalid_rate": 1.0,  # nobody has taught this one
         "benchmark.seeds": "200000-200001",
     }

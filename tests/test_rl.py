@@ -171,7 +171,9 @@ def test_two_ranks_make_the_update_of_one(adapted, tmp_path):
     one, two = (
         pq.read_table(tmp_path / name / "data/rl/rollouts.parquet", filters=first_iteration) for name in ("1", "2")
     )
-    assert one.equals(two)
+    assert one.drop_columns("advantage").equals(two.drop_columns("advantage"))
+    # one rank solves for its values on two threads
+    np.testing.assert_allclose(one["advantage"].to_numpy(), two["advantage"].to_numpy(), rtol=1e-9)
 
 
 @pytest.mark.parametrize(

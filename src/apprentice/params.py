@@ -408,15 +408,15 @@ class Rl(Section):
     """Episodes on the same seed, compared with each other."""
     max_steps: Annotated[int, Field(ge=1, le=10_000)]
     """Environment steps after which an episode ends."""
-    discount: Annotated[float, Field(ge=0, le=1)] = 0.95
-    advantage: Literal["return_to_go", "grpo", "gigpo", "linear", "critic"] = "linear"
+    discount: Annotated[float, Field(ge=0, le=1)] = 0.99
+    advantage: Literal["return_to_go", "grpo", "gigpo", "linear", "critic"] = "critic"
     """What a decision is compared with; each is a function, or the class Critic, of advantages.py, with its paper.
     return_to_go: what the others of its group got from the same decision on. grpo: their whole episodes. gigpo: that,
     and what they got from the same state on. linear, critic: what a value function expects, of features of the state,
     and of the student's own hidden state too."""
     scale_rewards: Literal["group", "batch", "none"] = "batch"
     """Whose standard deviation advantages are divided by: their group's, all decisions' of the iteration, none."""
-    gae_lambda: Annotated[float, Field(ge=0, le=1)] = 0.95
+    gae_lambda: Annotated[float, Field(ge=0, le=1)] = 0.9
     """How far linear and critic look ahead before they trust their own values; 1 waits for the episode's end."""
     anchor_weight: NonNegativeFloat = 1.0
     """Weight of the part of gigpo's advantages that compares steps at the same anchor."""
@@ -459,7 +459,10 @@ class Rl(Section):
     @model_validator(mode="after")
     def _known_states(self):
         if self.staleness and self.advantage == "critic":
-            raise ValueError("staleness does not go with advantage critic, which needs the player's own hidden states")
+            raise ValueError(
+                "staleness does not go with advantage critic, which needs the player's own hidden states; "
+                "write advantage: linear"
+            )
         return self
 
     @model_validator(mode="after")
