@@ -11,7 +11,6 @@ from time import perf_counter
 import numpy as np
 import torch
 import typer
-from trl.trainer.utils import add_fused_lm_head
 
 from apprentice import local, params, student
 from apprentice.conversation import batch, encode_all, row
@@ -21,6 +20,8 @@ from apprentice.policy import Scripted
 
 
 def main(rows: int = 32, adapter: Path = Path("models/sft"), times: int = 15) -> None:
+    from trl.trainer.utils import add_fused_lm_head
+
     profile = params.load().student
     torch.set_num_threads(1)
     works = {}
