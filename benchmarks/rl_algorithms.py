@@ -36,8 +36,10 @@ def main(seeds: int = 3, iterations: int = 5) -> None:
         folder = WORK / f"{algorithm}-{seed}-{iterations}"
         if not (folder / "done.json").exists():
             core = cores.get()
-            train(folder, algorithm, seed, iterations, core)
-            cores.put(core)
+            try:
+                train(folder, algorithm, seed, iterations, core)
+            finally:
+                cores.put(core)  # or, after a failure, the next would wait for it
         show(iterations)
 
     with ThreadPoolExecutor(cores.qsize()) as pool:

@@ -87,6 +87,9 @@ def test_what_was_measured_comes_out_as_it_was_measured(settings):
         assert low * 60 < minutes < high * 60, stage
         assert any("measured 2026-11-21" in source for source in found[stage]["sources"])
     assert found["sft"]["decisions"] == pytest.approx(12_276, rel=0.03)
+    collect = lines(settings(teachers__expert__seeds="0-199"))["collect@expert"]  # of the second run
+    low, high = collect["hours"]
+    assert low * 60 < 0.6 < high * 60 and any("measured 2026-11-21" in source for source in collect["sources"])
     assert estimate(settings())["usd"] == 0
 
 

@@ -117,15 +117,18 @@ def _rendered(processor, chat: list[dict]) -> tuple[str, str]:
     if len(words) == 1:
         parts = [part | {"text": _PLACE} if part["type"] == "text" else {"type": "image"} for part in content]
         marked = [*chat[:turn], chat[turn] | {"content": parts}, *chat[turn + 1 :]]
-        before, answer = _template(processor, json.dumps(marked))
+        before, answer = _template_kept(processor, json.dumps(marked))
         if before.count(_PLACE) == 1 and _PLACE not in answer:
             return before.replace(_PLACE, words[0]), answer
-    return _template.__wrapped__(processor, json.dumps(chat))
+    return _template(processor, chat)
 
 
 @lru_cache(maxsize=256)
-def _template(processor, chat: str) -> tuple[str, str]:
-    messages = json.loads(chat)
+def _template_kept(processor, chat: str) -> tuple[str, str]:
+    return _template(processor, json.loads(chat))
+
+
+def _template(processor, messages: list[dict]) -> tuple[str, str]:
     answered = messages[-1]["role"] == "assistant"
     shown = messages[:-1] if answered else messages
     before = processor.apply_chat_template(shown, tools=prompt.TOOLS, add_generation_prompt=True, tokenize=False)

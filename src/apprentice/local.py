@@ -78,10 +78,7 @@ def as_reply(name: str, processor, prompt_tokens: int, ids: list[int], sample) -
 def shown(processor, turns: Sequence[Turn]) -> list[Encoded]:
     """What the student is given at these turns: its pictures are taken as they are, and not by way of a PNG."""
     chats = [prompt.messages(turn.observation, turn.settings, turn.history, inline=False) for turn in turns]
-    pictures = [
-        [prompt.picture(turn.observation, turn.settings)] if turn.settings.mode != "text" else [] for turn in turns
-    ]
-    return encode_all(processor, chats, pictures)
+    return encode_all(processor, chats, [prompt.pictures(turn.observation, turn.settings) for turn in turns])
 
 
 def load(

@@ -134,7 +134,7 @@ def _lesson(processor, settings: Prompt, chosen: list[Frame], generator: np.rand
         ]
         for frame in chosen
     ]
-    pictures = [[prompt.picture(frame.observation, settings)] if settings.mode != "text" else [] for frame in chosen]
+    pictures = [prompt.pictures(frame.observation, settings) for frame in chosen]
     inputs = batch(processor, encode_all(processor, chats, pictures))
     if settings.mode == "text":
         return inputs

@@ -156,6 +156,11 @@ def picture(observation: Observation, settings: Prompt) -> np.ndarray:
     return image
 
 
+def pictures(observation: Observation, settings: Prompt) -> list[np.ndarray]:
+    """What goes with `messages` that aren't inline: the picture, or none in a mode without."""
+    return [picture(observation, settings)] if settings.mode != "text" else []
+
+
 def shown_png(observation: Observation, settings: Prompt) -> bytes:
     """The picture that the player is shown, as PNG."""
     if settings.scale > 1:
