@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from conftest import SHOWN
 
-from apprentice.advantages import RIDGE, Critic, advantages, anchor, gigpo, grpo, return_to_go
+from apprentice.advantages import RIDGE, Critic, advantages, anchor, draw, gigpo, grpo, return_to_go
 from apprentice.episode import Reply
 from apprentice.params import Achievement, Reward, Rl
 from apprentice.play import play
@@ -182,3 +182,35 @@ def test_the_critic_reads_the_hidden_state(many):
     settings = LINEAR.model_copy(update={"gae_lambda": 1.0, "scale_rewards": "none"})
     with_it = np.concatenate(advantages(told, settings.model_copy(update={"advantage": "critic"}))).var()
     assert with_it < 0.2 * np.concatenate(advantages(many, settings)).var()
+
+
+@pytest.mark.parametrize("count", [100, 999, 2300])
+def test_the_decisions_drawn_stand_for_all(count):
+    dice = np.random.default_rng(0)
+    values, scores, told = dice.normal(size=1000) ** 3, dice.random(1000) + 0.01, dice.normal(size=1000)
+    estimates = []
+    for _ in range(2000):
+        drawn, weights = draw(values, scores, count, dice)
+        assert len(drawn) == count and np.bincount(drawn).max() <= count // 1000 + 1
+        estimates.append((weights * told[drawn]).mean())
+    error = np.std(estimates) / 2000**0.5
+    assert np.mean(estimates) == pytest.approx((values * told).mean(), abs=4 * error)
+    if count < 1000:
+        assert (np.abs(values) * scores).argmax() in drawn  # whoever else is
+        plain = [(values * told)[dice.integers(1000, size=count)].mean() for _ in range(2000)]
+        assert np.std(estimates) < 0.8 * np.std(plain)
+
+
+def test_chances_are_in_proportion_to_the_size():
+    dice = np.random.default_rng(0)
+    values, scores, times = dice.choice([-1.0, 1.0], 50), dice.random(50) + 0.5, np.zeros(50)
+    for _ in range(5000):
+        drawn, _ = draw(values, scores, 10, dice)
+        times[drawn] += 1 / 5000
+    np.testing.assert_allclose(times, 10 * scores / scores.sum(), atol=0.03)
+    assert (np.diff(drawn) < 0).any()  # in no order
+
+
+def test_decisions_without_advantages_are_drawn_alike():
+    drawn, weights = draw(np.zeros(10), np.ones(10), 5, np.random.default_rng(0))
+    assert len(set(drawn)) == 5 and not weights.any()

@@ -1,4 +1,4 @@
-"""How much better than expected a decision was: the algorithms that RL can be run with."""
+"""How much better than expected a decision was: the algorithms that RL can be run with; and what to train on."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -52,6 +52,29 @@ def advantages(
         found = _divided(found)
     mean = np.concatenate(found).mean()
     return [values - mean for values in found]
+
+
+def draw(
+    advantages: np.ndarray, scores: np.ndarray, count: int, generator: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Places of `count` decisions in random order, and what stands for their advantages.
+
+    scores: how long each decision's score is. A chance is in proportion to what the decision adds to the gradient, its
+    advantage times its score, but at most 1: none is drawn twice while others are left out. It is divided out again, so
+    the mean over those drawn has the expectation of the mean over all. Systematic sampling (Madow, 1949).
+    """
+    whole, rest = divmod(count, len(advantages))
+    sizes = np.abs(advantages) * scores + 1e-9
+    chances, certain = sizes * rest / sizes.sum(), np.zeros(len(sizes), bool)
+    while chances.max() > 1:
+        certain |= chances >= 1
+        others = sizes * (rest - certain.sum()) / sizes[~certain].sum()
+        chances = np.where(certain, 1.0, others)
+    marks = chances.cumsum()
+    marks[-1] = rest  # but for rounding, it is
+    times = whole + np.diff(np.floor(marks + generator.random()), prepend=0).astype(int)
+    drawn = generator.permutation(np.repeat(np.arange(len(sizes)), times))
+    return drawn, advantages[drawn] / (whole + chances[drawn]) * count / len(advantages)
 
 
 def return_to_go(group: Sequence[Episode], earned: list[np.ndarray], settings: Rl) -> list[np.ndarray]:

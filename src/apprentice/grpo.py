@@ -6,7 +6,7 @@ import shutil
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +23,7 @@ from trl.trainer.utils import use_adapter
 
 from apprentice import rollouts
 from apprentice.actor import Actor
-from apprentice.advantages import Critic, advantages
+from apprentice.advantages import Critic, advantages, draw
 from apprentice.conversation import batch
 from apprentice.episode import Episode, Step
 from apprentice.ledger import Ledger
@@ -314,13 +314,11 @@ class Trainer(GRPOTrainer):
     def _batches(self, decisions: list[tuple[Step, float]], generator: np.random.Generator) -> list[dict]:
         """As many decisions as an iteration trains on, in the form that TRL's loss takes: this rank's share of them.
 
-        They are drawn in proportion to the size of their advantage, which is divided out again (importance sampling):
-        the gradient is that of all decisions, and none is spent on those that hardly matter.
+        Their gradient is that of all decisions, with little noise added by the choice: see `draw`.
         """
         values = np.array([advantage for _, advantage in decisions])
-        sizes = np.abs(values) + 1e-9
-        drawn = generator.choice(len(decisions), self.rl.decisions, p=sizes / sizes.sum())
-        weights = np.sign(values[drawn]) * np.abs(values).mean()
+        scores = np.array([_score_length(step.reply.sample.logprobs) for step, _ in decisions])
+        drawn, weights = draw(values, scores, self.rl.decisions, generator)
         chosen = [decisions[index][0] for index in drawn]
         tokens = sum(len(step.reply.sample.logprobs) for step in chosen)
         rank, ranks, size = (
@@ -439,6 +437,14 @@ def evaluations(folder: Path) -> list[dict]:
     """What the held-out worlds gave, by iteration; `folder` / "evaluated" / ITERATION has the adapter."""
     found = [json.loads(file.read_text()) for file in folder.glob("evaluated/*/evaluation.json")]
     return sorted(found, key=lambda evaluation: evaluation["iteration"])
+
+
+def _score_length(logprobs: Sequence[float]) -> float:
+    """About the norm of the score, the gradient of a reply's log-probability: little if it could only be this reply.
+
+    Not 0, for what has become less likely within the iteration.
+    """
+    return float(np.linalg.norm(1 - np.exp(logprobs))) + 0.05
 
 
 def _fulfil(future: Future, work: Callable[[], object]) -> None:
