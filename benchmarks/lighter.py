@@ -1,4 +1,4 @@
-"""What `lighten` saves: a reply, log-probabilities and a training step of the student, whole and light, in turn.
+"""What `product` and `lighten` save: a reply, log-probabilities and a training step of the student, in turn.
 
 python benchmarks/lighter.py [--rows 32] [--adapter models/sft]      # one core; after `dvc repro sft`
 """
@@ -12,11 +12,13 @@ import numpy as np
 import torch
 import typer
 
-from apprentice import local, params, student
+from apprentice import local, params, product, student
 from apprentice.conversation import batch, encode_all, row
 from apprentice.lighter import lighten
 from apprentice.play import play
 from apprentice.policy import Scripted
+
+PLAIN = "as PyTorch has it"
 
 
 def main(rows: int = 32, adapter: Path = Path("models/sft"), times: int = 15) -> None:
@@ -24,26 +26,28 @@ def main(rows: int = 32, adapter: Path = Path("models/sft"), times: int = 15) ->
 
     profile = params.load().student
     torch.set_num_threads(1)
-    works = {}
-    for name in ("whole", "light"):
+    works, here = {}, product._HERE
+    for name in (PLAIN, "with product", "and lightened"):
         player, processor = student.load("models/base", adapter, profile.dtype)
         player = player.merge_and_unload()
         learner, _ = student.load("models/base", adapter, profile.dtype, trainable=True)
         add_fused_lm_head(learner.get_base_model(), outputs=("log_probs", "entropy"))
-        if name == "light":
+        if name == "and lightened":
             lighten(player)
             lighten(learner.get_base_model())
         works[name] = work(player, learner, processor, profile, rows)
     seconds = {name: {what: [] for what in each} for name, each in works.items()}
     for _ in range(times):
         for name, each in works.items():
+            product._HERE = here and name != PLAIN
             for what, call in each.items():
                 began = perf_counter()
                 call()
                 seconds[name][what].append(perf_counter() - began)
-    for what in seconds["whole"]:
-        whole, light = (median(seconds[name][what][1:]) / rows * 1000 for name in ("whole", "light"))
-        print(f"{what:18} {whole:6.2f} ms a row whole, {light:6.2f} light: {whole / light:.2f} times as fast")
+    for what in seconds[PLAIN]:
+        took = {name: median(each[what][1:]) / rows * 1000 for name, each in seconds.items()}
+        told = (f"{name} {each:.2f} ({took[PLAIN] / each:.2f} times as fast)" for name, each in took.items())
+        print(f"{what}, ms a row: {', '.join(told)}")
 
 
 def work(player, learner, processor, profile: params.Profile, count: int) -> dict:

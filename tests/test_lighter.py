@@ -14,6 +14,7 @@ from apprentice.conversation import batch, encode, encode_all, row
 from apprentice.lighter import lighten
 from apprentice.play import play
 from apprentice.policy import Scripted
+from apprentice.product import product
 
 
 @pytest.fixture(scope="module")
@@ -96,3 +97,26 @@ def test_chats_that_differ_in_their_words_are_rendered_as_each_would_be_alone(ti
             place = alone.index(tiny[1].image_token_id)
             alone[place : place + 1] = [tiny[1].image_token_id] * 81
             assert together.prompt_ids + together.answer_ids == alone
+
+
+@pytest.mark.parametrize("shape", [(300,), (4, 123), (2, 5)])
+@pytest.mark.parametrize("biased", [True, False])
+def test_products_and_their_gradients_are_those_of_linear(shape, biased):
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias = (torch.randn(*size, 48, generator=generator) for size in (shape, (96,), ()))
+    bias = torch.randn(96, generator=generator) if biased else None
+    found = []
+    for work in (product, torch.nn.functional.linear):
+        given = [None if part is None else part.clone().requires_grad_() for part in (x, weight, bias)]
+        result = work(*given)
+        (result**2).sum().backward()
+        found.append([result, *(part.grad for part in given if part is not None)])
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-3, rtol=1e-4)
+    frozen = x.clone().requires_grad_()
+    product(frozen, weight, bias).sum().backward()
+    torch.testing.assert_close(frozen.grad, weight.sum(dim=0).expand_as(x), atol=1e-4, rtol=1e-4)
+    with torch.inference_mode():
+        torch.testing.assert_close(product(x, weight, bias), torch.nn.functional.linear(x, weight, bias))
+    half = x.bfloat16()
+    assert product(half, weight.bfloat16()).dtype == torch.bfloat16

@@ -13,6 +13,8 @@ import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.qwen3_vl.modeling_qwen3_vl import rotate_half
 
+from apprentice.product import product
+
 
 def lighten(model) -> None:
     """Have a Qwen3-VL compute no more of its last layer than `logits_to_keep` or its labels ask for; patches faster.
@@ -43,7 +45,7 @@ def lighten(model) -> None:
 
 def _as_product(convolution: torch.nn.Conv3d, patches: torch.Tensor) -> torch.Tensor:
     """The convolution of patches as large as its kernel."""
-    return torch.nn.functional.linear(patches.flatten(1), convolution.weight.flatten(1), convolution.bias)
+    return product(patches.flatten(1), convolution.weight.flatten(1), convolution.bias)
 
 
 def _last_layer(layer, hidden_states, position_embeddings, attention_mask=None, last_positions=0, **kwargs):

@@ -14,6 +14,7 @@ from apprentice import prompt
 from apprentice.conversation import batch, encode_all
 from apprentice.expert import Expert
 from apprentice.params import Pretraining, Prompt
+from apprentice.product import use_products
 from apprentice.student import TEMPLATE
 from apprentice.world import ACTIONS, ITEMS, TILES, VIEW, VITALS, Observation, World
 
@@ -87,6 +88,7 @@ def pretrain(
     progress: called with the step and its loss.
     """
     generator = np.random.default_rng([seed, 4])
+    use_products(model)
     optimizer = torch.optim.AdamW(model.parameters(), options.learning_rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, options.learning_rate, total_steps=options.steps + 1, pct_start=0.1

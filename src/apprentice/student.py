@@ -27,6 +27,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from apprentice.params import Architecture
 from apprentice.processes import cores
+from apprentice.product import product, use_products
 from apprentice.world import SIZE
 
 TEMPLATE = (Path(trl.__file__).parent / "chat_templates" / "qwen3_vl_training.jinja").read_text()
@@ -172,6 +173,8 @@ def load(
     elif not is_deepspeed_zero3_enabled():  # which places the weights itself
         how["device_map"] = {"": torch.cuda.current_device()}
     model = AutoModelForImageTextToText.from_pretrained(folder, **how)
+    if not torch.cuda.is_available():
+        use_products(model)
     if adapter:
         model = fold(PeftModel.from_pretrained(model, adapter, is_trainable=trainable))
         # The adapter may name a model of the hub; PEFT would ask there for its vocabulary whenever it saves.
@@ -200,7 +203,7 @@ def _folded(layer: lora.Linear, x: torch.Tensor, *args, **kwargs) -> torch.Tenso
     for name in layer.active_adapters:
         if name in layer.scaling:
             weight = weight + layer.get_delta_weight(name)
-    return torch.nn.functional.linear(x, weight, base.bias)
+    return product(x, weight, base.bias)
 
 
 def keep_freed_memory() -> None:
