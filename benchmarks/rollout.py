@@ -9,7 +9,6 @@ decision at a time. Each way plays a few decisions first, unmeasured. vLLM is st
 after `make vllm`).
 """
 
-import json
 import multiprocessing
 import tempfile
 from collections import defaultdict
@@ -203,26 +202,17 @@ class Said(LogitsProcessor):
 def balrog(url: str, adapter: Path, seeds: list[int], steps: int, shown: params.Prompt, tokens: int) -> float:
     model = serve.Adapter.of(adapter).name
     context = multiprocessing.get_context("spawn")
-    ready, go, done = context.Semaphore(0), context.Event(), context.Queue()
-    arguments = [(url, model, seed, steps, shown, tokens, ready, go, done) for seed in seeds]
-    workers = [context.Process(target=one_episode, args=found) for found in arguments]
-    for worker in workers:
-        worker.start()
-    for _ in workers:
-        ready.acquire()
-    began = perf_counter()
-    go.set()
-    decisions = sum(done.get() for _ in workers)
-    seconds = perf_counter() - began
-    for worker in workers:
-        worker.join()
-    return decisions / seconds
+    started = context.Barrier(len(seeds) + 1)
+    with context.Pool(len(seeds), initializer=started.wait) as pool:
+        started.wait()
+        began = perf_counter()
+        calls = [(url, model, seed, steps, shown, tokens) for seed in seeds]
+        decisions = sum(pool.starmap(one_episode, calls, chunksize=1))
+        return decisions / (perf_counter() - began)
 
 
-def one_episode(url, model, seed, steps, shown, tokens, ready, go, done) -> None:
+def one_episode(url: str, model: str, seed: int, steps: int, shown: params.Prompt, tokens: int) -> int:
     with httpx2.Client(timeout=600) as client:
-        ready.release()
-        go.wait()
         world, history, decisions = World(seed, max_steps=steps), (), 0
         observation = world.reset()
         while not world.done:
@@ -233,10 +223,10 @@ def one_episode(url, model, seed, steps, shown, tokens, ready, go, done) -> None
                 "max_tokens": tokens,
                 "temperature": 1.0,
             }
-            answer = client.post(f"{url}/v1/chat/completions", content=json.dumps(body)).json()
+            answer = client.post(f"{url}/v1/chat/completions", json=body).raise_for_status().json()
             action = (prompt.parse(answer["choices"][0]["message"], shown.max_actions).actions or ("noop",))[0]
             observation, history, decisions = world.step(action).observation, (*history, action), decisions + 1
-        done.put(decisions)
+        return decisions
 
 
 if __name__ == "__main__":
