@@ -187,7 +187,8 @@ def test_the_critic_reads_the_hidden_state(many):
 @pytest.mark.parametrize("count", [100, 999, 2300])
 def test_the_decisions_drawn_stand_for_all(count):
     dice = np.random.default_rng(0)
-    values, scores, told = dice.normal(size=1000) ** 3, dice.random(1000) + 0.01, dice.normal(size=1000)
+    values, scores = dice.normal(size=1000) ** 3, dice.random(1000) + 0.01
+    told = dice.normal(size=1000) + np.sign(values)
     estimates = []
     for _ in range(2000):
         drawn, weights = draw(values, scores, count, dice)
