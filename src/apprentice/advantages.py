@@ -60,8 +60,9 @@ def draw(
     """Places of `count` decisions in random order, and what stands for their advantages.
 
     scores: how long each decision's score is. A chance is in proportion to what the decision adds to the gradient, its
-    advantage times its score, but at most 1: none is drawn twice while others are left out. It is divided out again, so
-    the mean over those drawn has the expectation of the mean over all. Systematic sampling (Madow, 1949).
+    advantage times its score (importance sampling by gradient norm, arXiv 1803.00942), but at most 1: none is drawn
+    twice while others are left out (systematic sampling, Madow 1949). It is divided out again, so the mean over those
+    drawn has the expectation of the mean over all.
     """
     whole, rest = divmod(count, len(advantages))
     sizes = np.abs(advantages) * scores + 1e-9

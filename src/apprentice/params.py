@@ -442,7 +442,7 @@ class Rl(Section):
     max_invalid_rate: Fraction = 0.3
     """Share of replies in an iteration's play that cannot be read; with more, training stops."""
     max_kl: PositiveFloat = 0.3
-    """KL divergence to the SFT policy, nats a token, mean of an iteration; with more, training stops."""
+    """KL divergence to the SFT policy, nats a token, mean of what an iteration trains on; with more, training stops."""
     staleness: Annotated[int, Field(ge=0, le=1)] = 0
     """1: an iteration's episodes are played with the policy of the iteration before, by vLLM servers that have GPUs of
     their own (compute.yaml) while that one is still being trained on; anywhere else, at the same point but in turn."""
