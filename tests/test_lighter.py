@@ -103,7 +103,7 @@ def test_chats_that_differ_in_their_words_are_rendered_as_each_would_be_alone(ti
 @pytest.mark.parametrize("biased", [True, False])
 def test_products_and_their_gradients_are_those_of_linear(shape, biased):
     generator = torch.Generator().manual_seed(0)
-    x, weight, bias = (torch.randn(*size, 48, generator=generator) for size in (shape, (96,), ()))
+    x, weight = torch.randn(*shape, 48, generator=generator), torch.randn(96, 48, generator=generator)
     bias = torch.randn(96, generator=generator) if biased else None
     found = []
     for work in (product, torch.nn.functional.linear):
