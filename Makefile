@@ -12,7 +12,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 SKY_READY := .venv-sky/ready-$(shell cksum <requirements-sky.lock | tr ' ' '-')
 S3_READY := .venv-s3/ready-$(shell cksum <requirements-s3.lock | tr ' ' '-')
 
-.PHONY: setup repro test test-openenv test-report test-vllm test-deepspeed test-sky test-s3 vllm sky lint clean
+.PHONY: setup repro test test-openenv test-report test-vllm test-deepspeed test-sky test-s3 vllm sky deps lint clean
 
 repro: setup ## the whole pipeline, only what has changed
 	dvc repro
@@ -47,6 +47,9 @@ test-sky: setup sky ## stages launched by SkyPilot on a one-node Slurm; root on 
 
 test-s3: setup $(S3_READY) ## DVC's remote on an S3 server
 	python -m pytest tests/on_s3.py
+
+deps: setup ## dvc.yaml's dependencies on code and libraries
+	python -m apprentice.pipeline
 
 lint: setup ## put the code into its form
 	ruff check --fix .

@@ -43,8 +43,9 @@ def main(seconds: float = 10.0) -> None:
 
 def measured(latency: float, concurrency: int, steps: int, folder: str) -> tuple[float, float]:
     """Wall-clock and CPU seconds of a run with as many episodes as may be under way."""
-    from apprentice import chat, store
+    from apprentice import store
     from apprentice.params import Endpoint, Prompt, Teacher
+    from apprentice.players import chat
 
     server = subprocess.Popen([sys.executable, __file__, "serve", str(latency)], stdout=subprocess.PIPE, text=True)
     try:

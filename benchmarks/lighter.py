@@ -12,11 +12,14 @@ import numpy as np
 import torch
 import typer
 
-from apprentice import local, params, product, student
-from apprentice.conversation import batch, encode_all, row
-from apprentice.lighter import lighten
-from apprentice.play import play
-from apprentice.policy import Scripted
+from apprentice import params
+from apprentice.data.chat_rows import row
+from apprentice.play import Spec, play
+from apprentice.players.scripted import Scripted
+from apprentice.serving import in_process
+from apprentice.student import loading, onednn
+from apprentice.student.encoding import batch, encode_all
+from apprentice.student.narrowing import narrow
 
 PLAIN = "as PyTorch has it"
 
@@ -24,22 +27,22 @@ PLAIN = "as PyTorch has it"
 def main(rows: int = 32, adapter: Path = Path("models/sft"), times: int = 15) -> None:
     from trl.trainer.utils import add_fused_lm_head
 
-    profile = params.load().student
+    profile = params.load().active
     torch.set_num_threads(1)
-    works, here = {}, product._HERE
+    works, here = {}, onednn._HERE
     for name in (PLAIN, "with product", "and lightened"):
-        player, processor = student.load("models/base", adapter, profile.dtype)
+        player, processor = loading.load("models/base", adapter, profile.dtype)
         player = player.merge_and_unload()
-        learner, _ = student.load("models/base", adapter, profile.dtype, trainable=True)
+        learner, _ = loading.load("models/base", adapter, profile.dtype, trainable=True)
         add_fused_lm_head(learner.get_base_model(), outputs=("log_probs", "entropy"))
         if name == "and lightened":
-            lighten(player)
-            lighten(learner.get_base_model())
+            narrow(player)
+            narrow(learner.get_base_model())
         works[name] = work(player, learner, processor, profile, rows)
     seconds = {name: {what: [] for what in each} for name, each in works.items()}
     for _ in range(times):
         for name, each in works.items():
-            product._HERE = here and name != PLAIN
+            onednn._HERE = here and name != PLAIN
             for what, call in each.items():
                 began = perf_counter()
                 call()
@@ -51,7 +54,7 @@ def main(rows: int = 32, adapter: Path = Path("models/sft"), times: int = 15) ->
 
 
 def work(player, learner, processor, profile: params.Profile, count: int) -> dict:
-    episodes = play(Scripted("expert"), range(900_000, 900_000 + count), 20, profile.prompt)
+    episodes = play(Scripted("expert"), Spec(range(900_000, 900_000 + count), 20, profile.prompt))
     chats = [row(episode, episode.steps[-1], profile.prompt)["messages"] for episode in episodes]
     encoded = encode_all(processor, chats)
     asked = [replace(one, answer_ids=[]) for one in encoded]
@@ -67,7 +70,7 @@ def work(player, learner, processor, profile: params.Profile, count: int) -> dic
         learner(**inputs, fused_lm_head=True, use_cache=False)
 
     return {
-        "a reply": lambda: local.generate(player, processor, asked, draws, 1.0),
+        "a reply": lambda: in_process.generate(player, processor, asked, draws, 1.0),
         "log-probabilities": score,
         "a training step": train,
     }

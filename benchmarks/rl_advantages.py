@@ -21,18 +21,19 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from apprentice import local, params, play
-from apprentice.advantages import advantages
-from apprentice.conversation import batch
+from apprentice import params, play
 from apprentice.episode import Episode
-from apprentice.processes import in_processes
+from apprentice.serving import in_process
+from apprentice.student.encoding import batch
+from apprentice.training.advantages import advantages
+from apprentice.workers import in_processes
 
 TOGETHER = 16
 """Groups an update is made of."""
 
 
 def main(groups: int = 32, adapter: str = "models/sft") -> None:
-    profile = params.load().student
+    profile = params.load().active
     rl = profile.rl
     calls = [(profile, adapter, range(900_000 + first, 900_000 + first + 4)) for first in range(0, groups, 4)]
     played = sorted(tqdm(in_processes(played_groups, calls), total=len(calls), unit="4 groups"), key=lambda one: one[0])
@@ -79,8 +80,8 @@ def main(groups: int = 32, adapter: str = "models/sft") -> None:
 def played_groups(profile: params.Profile, adapter: str, seeds: range):
     """The first seed, the episodes, and for each of their decisions two factors of its gradient, token by token."""
     rl, shown = profile.rl, profile.prompt
-    policy = local.load("student", adapter, profile.dtype, rl.temperature, profile.sampling.max_tokens, 1)
-    episodes = play.play(policy, [seed for seed in seeds for _ in range(rl.group_size)], rl.max_steps, shown)
+    policy = in_process.load("student", adapter, profile.dtype, rl.temperature, profile.sampling.max_tokens, 1)
+    episodes = play.play(policy, play.Spec([seed for seed in seeds for _ in range(rl.group_size)], rl.max_steps, shown))
     kept, factors = [], []
     for episode in episodes:
         factors.append(found := [])
@@ -91,7 +92,7 @@ def played_groups(profile: params.Profile, adapter: str, seeds: range):
 
 
 @torch.inference_mode()
-def tokens(policy: local.Local, rows: list) -> list[tuple[np.ndarray, np.ndarray]]:
+def tokens(policy: in_process.Local, rows: list) -> list[tuple[np.ndarray, np.ndarray]]:
     inputs = batch(policy.processor, rows)
     labels = inputs.pop("labels")
     longest = max(len(row.answer_ids) for row in rows)

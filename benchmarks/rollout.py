@@ -24,30 +24,32 @@ from rich.console import Console
 from rich.table import Table
 from transformers import LogitsProcessor
 
-from apprentice import compute, conversation, local, params, play, prompt, remote, serve, student
+from apprentice import compute, params, play, prompt
 from apprentice.policy import Turn
-from apprentice.processes import cores
+from apprentice.serving import in_process, on_vllm, vllm
+from apprentice.student import encoding, loading
+from apprentice.workers import cores
 from apprentice.world import World
 
 BASE = Path("models/base")
 
 
 def main(adapter: Path = Path("models/sft"), episodes: int = 16, steps: int = 20) -> None:
-    profile = params.load().student
+    profile = params.load().active
     shown, tokens = profile.prompt, profile.sampling.max_tokens
     seeds = list(range(900_000, 900_000 + episodes))
     torch.set_num_threads(cores())
     rates, shares = {}, {}
 
-    here = local.load("student", str(adapter), profile.dtype, 1.0, tokens, cores())
+    here = in_process.load("student", str(adapter), profile.dtype, 1.0, tokens, cores())
     rates["ours, in process"], shares["ours, in process"] = ours(here, seeds, steps, shown)
     # What it's compared with gets the better numbers of its kind: time spent in generation alone.
     rates["TRL, environment_factory"] = trl(adapter, seeds, steps, profile)
 
-    serving = compute.load().serve.model_copy(update={"student": "vllm"})
-    plan = serve.plan(serving, serve.gpus(), training=False)
-    with serve.Servers(plan, serving, BASE, profile.dtype, [adapter]) as running:
-        there = remote.load("student", running.servers, str(adapter), 1.0, tokens, str(BASE))
+    serving = compute.load().vllm.model_copy(update={"use": "always"})
+    plan = vllm.plan(serving, vllm.gpus(), training=False)
+    with vllm.Servers(plan, serving, BASE, profile.dtype, [adapter]) as running:
+        there = on_vllm.load("student", running.servers, str(adapter), 1.0, tokens, str(BASE))
         rates["ours, on vLLM"], shares["ours, on vLLM"] = ours(there, seeds, steps, shown)
         rates["BALROG's way, on vLLM"] = balrog(running.servers[0].url, adapter, seeds, steps, shown, tokens)
 
@@ -64,10 +66,10 @@ def main(adapter: Path = Path("models/sft"), episodes: int = 16, steps: int = 20
 
 def ours(policy, seeds: list[int], steps: int, shown: params.Prompt) -> tuple[float, dict[str, float]]:
     """Decisions a second, and the shares of the time."""
-    play.play(policy, seeds, 2, shown)
+    play.play(policy, play.Spec(seeds, 2, shown))
     with timed() as spent:
         began = perf_counter()
-        played = play.play(policy, seeds, steps, shown)
+        played = play.play(policy, play.Spec(seeds, steps, shown))
         seconds = perf_counter() - began
     shares = {name: spent[name] / seconds for name in ("world", "picture", "prompt", "parse")}
     shares["server, model and the rest"] = 1 - sum(shares.values())
@@ -85,8 +87,8 @@ def timed():
         (prompt, "png", "picture"),
         (prompt, "picture", "picture"),
         (prompt, "messages", "prompt"),
-        (conversation, "encode_all", "prompt"),
-        (local, "encode_all", "prompt"),
+        (encoding, "encode_all", "prompt"),
+        (in_process, "encode_all", "prompt"),
         (prompt, "parse", "parse"),
     ]
     originals = [getattr(owner, name) for owner, name, _ in parts]
@@ -142,8 +144,8 @@ def trl(adapter: Path, seeds: list[int], steps: int, profile: params.Profile) ->
             picture = Image.fromarray(prompt.picture(observation, profile.prompt))
             return [{"type": "image", "image": picture}, {"type": "text", "text": words}]
 
-    model, processor = student.load(BASE, adapter, profile.dtype, trainable=True)
-    said = conversation.encode(processor, [{"role": "user", "content": "?"}, prompt.answer(["noop"])]).answer_ids
+    model, processor = loading.load(BASE, adapter, profile.dtype, trainable=True)
+    said = encoding.encode(processor, [{"role": "user", "content": "?"}, prompt.answer(["noop"])]).answer_ids
     alone = model.get_base_model()
     generate = alone.generate
 
@@ -169,7 +171,7 @@ def trl(adapter: Path, seeds: list[int], steps: int, profile: params.Profile) ->
             bf16=profile.dtype == "bfloat16",
             gradient_checkpointing=False,
             learning_rate=0.0,
-            generation_kwargs={"suppress_tokens": local.vision_tokens(processor), "max_new_tokens": None},
+            generation_kwargs={"suppress_tokens": in_process.vision_tokens(processor), "max_new_tokens": None},
             report_to="none",
             save_strategy="no",
         )
@@ -200,7 +202,7 @@ class Said(LogitsProcessor):
 
 
 def balrog(url: str, adapter: Path, seeds: list[int], steps: int, shown: params.Prompt, tokens: int) -> float:
-    model = serve.Adapter.of(adapter).name
+    model = vllm.Adapter.of(adapter).name
     context = multiprocessing.get_context("spawn")
     started = context.Barrier(len(seeds) + 1)
     with context.Pool(len(seeds), initializer=started.wait) as pool:

@@ -42,21 +42,24 @@ def speed(folder: Path) -> None:
     """Rows a second for each number of readers, and what GPUs take."""
     from torch.utils.data import DataLoader
 
-    from apprentice import dataset, prompt, student, training
-    from apprentice.conversation import characters
-    from apprentice.dataset import Jsonl
-    from apprentice.estimate import rates
-    from apprentice.processes import cores
+    from apprentice import prompt
+    from apprentice.cloud.estimate import rates
+    from apprentice.data import dataset
+    from apprentice.data.chat_rows import characters
+    from apprentice.data.dataset import Jsonl
+    from apprentice.student import loading
+    from apprentice.training import examples
+    from apprentice.workers import cores
 
     file, base = prepared(folder, "qwen2b", 960)
     began = time.process_time()
-    survey = training.survey(file, base, "speed")
+    survey = examples.survey(file, base, "speed")
     took = time.process_time() - began
     text = characters(Jsonl(file, survey.places)[0]["messages"]) + len(json.dumps(prompt.TOOLS))
     tokens = text / rates()["text"]["characters_per_token"] + 81  # as Qwen's own tokenizer has them
     print(f"{len(survey.lengths)} rows, {file.stat().st_size / len(survey.lengths):.0f} bytes each")
     print(f"their lengths: {took / len(survey.lengths) * 1000:.2f} ms of CPU a row")
-    rows = training.Rows(file, student.processor(base), survey.places, dataset.order(survey.lengths, 32, 1, 0))
+    rows = examples.Rows(file, loading.processor(base), survey.places, dataset.order(survey.lengths, 32, 1, 0))
     began = time.process_time()
     for first in range(0, 320, 16):
         rows.collate(list(rows.dataset.select(range(first, first + 16))))
@@ -83,14 +86,16 @@ def padding(folder: Path) -> None:
     """The share of padding in micro-batches of 8, 16 and 32 of a batch of 32, in the order of training and shuffled."""
     import numpy as np
 
-    from apprentice import dataset, student, training
-    from apprentice.conversation import batch, encode_all
-    from apprentice.dataset import Jsonl
+    from apprentice.data import dataset
+    from apprentice.data.dataset import Jsonl
+    from apprentice.student import loading
+    from apprentice.student.encoding import batch, encode_all
+    from apprentice.training import examples
 
     print("rows                       at once  in order  shuffled")
     for name, form in (("tiny", "tiny"), ("qwen2b", "qwen2b"), ("qwen2b, text, tiny mixed", "mixed")):
         file, base = prepared(folder, form, 960)
-        survey, processor = training.survey(file, base, f"padding {form}"), student.processor(base)
+        survey, processor = examples.survey(file, base, f"padding {form}"), loading.processor(base)
         lines = Jsonl(file, survey.places)
         encoded = encode_all(processor, [lines[place]["messages"] for place in range(len(lines))])
         orders = dataset.order(survey.lengths, 32, 1, 0), np.random.default_rng(0).permutation(len(lines))
@@ -120,14 +125,16 @@ def memory(folder: Path, most: int) -> None:
 
 def train(file: Path, base: Path) -> None:
     """Survey the file in this process, and read 100 batches of the order of three epochs."""
-    from apprentice import dataset, student, training
+    from apprentice.data import dataset
+    from apprentice.student import loading
+    from apprentice.training import examples
 
     # To count tokens takes minutes and no memory: here each character is one.
-    training.length, training._ALONE = lambda processor, messages: len(messages[1]["content"][0]["text"]), 1 << 60
+    examples.length, examples._ALONE = lambda processor, messages: len(messages[1]["content"][0]["text"]), 1 << 60
     began = time.monotonic()
-    survey = training.survey(file, base, file.name)
+    survey = examples.survey(file, base, file.name)
     surveyed, peak = time.monotonic() - began, peak_megabytes()
-    rows = training.Rows(file, student.processor(base), survey.places, dataset.order(survey.lengths, 32, 3, 0))
+    rows = examples.Rows(file, loading.processor(base), survey.places, dataset.order(survey.lengths, 32, 3, 0))
     for first in range(0, 3200, 32):
         rows.collate(list(rows.dataset.select(range(first, first + 32))))
     size = file.stat().st_size / 1e9
@@ -141,10 +148,10 @@ def peak_megabytes() -> float:
 def prepared(folder: Path, form: str, count: int) -> tuple[Path, Path]:
     """A file of so many rows, and the folder of a processor to read them with."""
     from apprentice import params
-    from apprentice.conversation import row
-    from apprentice.dataset import write_jsonl
-    from apprentice.play import play
-    from apprentice.policy import Scripted
+    from apprentice.data.chat_rows import row
+    from apprentice.data.dataset import write_jsonl
+    from apprentice.play import Spec, play
+    from apprentice.players.scripted import Scripted
 
     profiles = params.load(ROOT / "params.yaml").profiles
     text = profiles["qwen2b"].prompt.model_copy(update={"mode": "text"})
@@ -154,7 +161,7 @@ def prepared(folder: Path, form: str, count: int) -> tuple[Path, Path]:
         "mixed": [profiles["qwen2b"].prompt, text, profiles["tiny"].prompt],
         "text": [profiles["tiny"].prompt.model_copy(update={"mode": "text"})],
     }[form]
-    episodes = play(Scripted("expert"), range(12), 200, shown[0])
+    episodes = play(Scripted("expert"), Spec(range(12), 200, shown[0]))
     rows = [row(episode, step, settings) for episode in episodes for step in episode.steps for settings in shown]
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{form}-{count}.jsonl"
@@ -167,15 +174,17 @@ def processor(folder: Path, profile) -> Path:
     from transformers import Qwen3VLProcessor, Qwen3VLVideoProcessor
     from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
 
-    from apprentice import pretraining, student
     from apprentice.params import Architecture, HubStudent
+    from apprentice.student import loading
+    from apprentice.student.tiny import build, tokenizer
+    from apprentice.training import pretraining
 
     hub, hub_form = ROOT / "models/base", isinstance(profile.student, HubStudent)
     if hub_form and (hub / "vocab.json").exists():
         return hub
     _, seen = pretraining.frames(100_000, 8)
     texts, phrases = pretraining.vocabulary(profile.prompt, seen)
-    tokens = student.tokenizer(texts, [] if hub_form else phrases, 4096)  # only the tiny one has tokens for phrases
+    tokens = tokenizer(texts, [] if hub_form else phrases, 4096)  # only the tiny one has tokens for phrases
     if hub_form:
         sizes = {"size": {"shortest_edge": 65_536, "longest_edge": 16_777_216}}
         patch = {"patch_size": 16, "temporal_patch_size": 2, "merge_size": 2, **sizes}
@@ -183,11 +192,11 @@ def processor(folder: Path, profile) -> Path:
             image_processor=Qwen2VLImageProcessor(image_mean=[0.5] * 3, image_std=[0.5] * 3, **patch),
             tokenizer=tokens,
             video_processor=Qwen3VLVideoProcessor(**patch),
-            chat_template=student.TEMPLATE,
+            chat_template=loading.TEMPLATE,
         )
         made.save_pretrained(folder)
     else:
-        for part in student.build(Architecture(), tokens, 0):
+        for part in build(Architecture(), tokens, 0):
             part.save_pretrained(folder)
     return folder
 

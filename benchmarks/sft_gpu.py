@@ -17,8 +17,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from apprentice import distributed, params, training
-from apprentice.command import WorkError
+from apprentice import params
+from apprentice.errors import WorkError
+from apprentice.student import adapter, tiny
+from apprentice.training import devices, memory
 
 # config.json of Qwen/Qwen3-VL-{2B,4B,8B}-Instruct at the revisions of params.yaml. The numbers of parameters that they
 # make, PARAMETERS, are those that the hub gives for the weights.
@@ -152,8 +154,8 @@ def measure(size: str, folder: Path, found: Path, settings: dict, steps: int) ->
     from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, TrainerCallback
     from trl import SFTConfig
 
-    from apprentice import student
-    from apprentice.sft import Trainer
+    from apprentice.student import loading
+    from apprentice.training.sft import SftTrainer
 
     cuda, micro = torch.cuda.is_available(), settings["micro"]
     kind = torch.bfloat16 if cuda else torch.float32
@@ -165,7 +167,7 @@ def measure(size: str, folder: Path, found: Path, settings: dict, steps: int) ->
         bf16=cuda,
         use_cpu=not cuda,
         gradient_checkpointing=settings["checkpointing"],
-        deepspeed=training.zero_config(zero),
+        deepspeed=memory.zero_config(zero),
         save_strategy="no",
         max_length=None,
         remove_unused_columns=False,
@@ -190,7 +192,7 @@ def measure(size: str, folder: Path, found: Path, settings: dict, steps: int) ->
                 torch.cuda.synchronize()
             ends.append(time.perf_counter())
 
-    class Timed(Trainer):
+    class Timed(SftTrainer):
         def compute_loss(self, model, inputs, *rest, **named):
             if settings["fused"]:
                 return super().compute_loss(model, inputs, *rest, **named)
@@ -201,8 +203,8 @@ def measure(size: str, folder: Path, found: Path, settings: dict, steps: int) ->
         args=arguments,
         train_dataset=Dataset.from_dict({"images": [[0]] * micro * (steps + 1)}),
         data_collator=lambda _: dict(batch),
-        processing_class=student.processor(folder / "model"),
-        peft_config=training.lora_config(params.Lora(dropout=0.05, vision=settings["vision"])),
+        processing_class=loading.processor(folder / "model"),
+        peft_config=adapter.lora_config(params.Lora(dropout=0.05, vision=settings["vision"])),
         callbacks=[Clock()],
     )
     if settings["features"]:  # computed once, as if read from a disk
@@ -213,7 +215,7 @@ def measure(size: str, folder: Path, found: Path, settings: dict, steps: int) ->
             given = tower(pixels, grid_thw=batch["image_grid_thw"].to(device), return_dict=True)
         tower.forward = lambda *_, **__: type(given)(**given)  # which the model changes
     if zero.stage < 3:
-        student.fold(trainer.model)
+        loading.fold(trainer.model)
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     trainer.train()
@@ -242,13 +244,13 @@ def main(size: Annotated[str, typer.Argument()] = "2b", steps: int = 12, only: s
     table = Table("", "rows/s", "tokens/s", "of the peak", "memory, GiB", title=f"Qwen3-VL-{size} on {device}")
     with tempfile.TemporaryDirectory() as top:
         folder, found = Path(top), Path(top) / "found"
-        distributed.launch(build, 1, size, folder / "model", group=True)
+        devices.launch(build, 1, size, folder / "model", group=True)
         for name, change in variants(micro).items():
             if only not in name:
                 continue
             found.unlink(missing_ok=True)
             try:
-                distributed.launch(measure, 1, size, folder, found, usual | change, steps, group=True)
+                devices.launch(measure, 1, size, folder, found, usual | change, steps, group=True)
                 table.add_row(name, *found.read_text().split("|"))
             except (WorkError, SystemExit) as error:
                 table.add_row(name, f"memory is full or killed ({error})")
@@ -262,7 +264,7 @@ def build(size: str, folder: Path) -> None:
     """A model of this size with random weights, as a folder, and the tiny student's processor beside it."""
     from transformers import Qwen3VLForConditionalGeneration
 
-    from apprentice import pretraining, student
+    from apprentice.training import pretraining
 
     made = config(size)
     with torch.device("meta"):
@@ -275,9 +277,9 @@ def build(size: str, folder: Path) -> None:
     model.save_pretrained(folder)
     shown = params.Prompt(mode="image", rules=False)
     _, seen = pretraining.frames(100_000, 4)
-    tokens = student.tokenizer(*pretraining.vocabulary(shown, seen), 512)
+    tokens = tiny.tokenizer(*pretraining.vocabulary(shown, seen), 512)
     torch.set_default_dtype(torch.float32)
-    student.build(params.Architecture(), tokens, 0)[1].save_pretrained(folder)
+    tiny.build(params.Architecture(), tokens, 0)[1].save_pretrained(folder)
 
 
 if __name__ == "__main__":

@@ -147,7 +147,7 @@ def stock_episode(seed: int) -> int:
 
 def all_cores(episode) -> float:
     """Steps per second of `episode` on a few seeds, processes already begun."""
-    from apprentice.processes import cores, in_processes
+    from apprentice.workers import cores, in_processes
 
     calls = [(seed,) for seed in range(6 * cores())]
     played, start, steps = in_processes(episode, calls), None, 0
@@ -161,12 +161,12 @@ def through_play() -> float:
     """Steps per second of `play.record` with a random policy: as collect and benchmark play, ledger and all."""
     from apprentice import store
     from apprentice.params import Prompt
-    from apprentice.play import record
-    from apprentice.policy import Scripted
+    from apprentice.play import Spec, record
+    from apprentice.players.scripted import Scripted
 
     with tempfile.TemporaryDirectory() as folder:
         os.environ["APPRENTICE_CACHE"] = folder
-        played = record(Scripted, ("random",), range(200), 10_000, Prompt(), fingerprint="speed", agent="random")
+        played = record(Scripted, ("random",), Spec(range(200), 10_000, Prompt(), fingerprint="speed", agent="random"))
         start = time.perf_counter()
         return sum(store.from_bytes(data).length for data in played) / (time.perf_counter() - start)
 
@@ -187,8 +187,7 @@ def memory() -> dict[str, float]:
     """In bytes. What's shared by all worlds of a process is named for itself."""
     import crafter
 
-    from apprentice import picture
-    from apprentice.world import ACTIONS, World
+    from apprentice.world import ACTIONS, World, picture
 
     def world(seed):
         world = World(seed)

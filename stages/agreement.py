@@ -7,21 +7,20 @@ teacher did, and what the student answers at temperature 0; of several actions t
 only another student or other data makes it run again.
 """
 
-import csv
 from pathlib import Path
 
 from apprentice import params
-from apprentice.command import run
+from apprentice.stage import run, write_plot
 
-DATA, OUT, MOST = Path("data/sft/val.jsonl"), Path("metrics/plots/agreement.csv"), 1024
+DATA, MOST = Path("data/sft/val.jsonl"), 1024
 
 
 def main() -> None:
     """Ask the SFT student what the teacher was asked."""
-    profile = params.load().student
+    profile = params.load().active
 
-    from apprentice.dataset import Jsonl
-    from apprentice.processes import cores, in_processes
+    from apprentice.data.dataset import Jsonl
+    from apprentice.workers import cores, in_processes
 
     count = len(Jsonl(DATA))
     rows = list(range(0, count, -(-count // MOST)))
@@ -32,11 +31,7 @@ def main() -> None:
         (share, profile.dtype, profile.sampling.max_tokens, together, max(1, cores() // processes)) for share in shares
     ]
     found = sorted(pair for pairs in in_processes(answers, calls) for pair in pairs)
-    OUT.parent.mkdir(parents=True, exist_ok=True)
-    with OUT.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["teacher", "student"])
-        writer.writerows(pair for _, *pair in found)
+    write_plot("agreement", ["teacher", "student"], [pair for _, *pair in found])
     same = sum(teacher == student for _, teacher, student in found)
     print(f"agreement: the SFT student answers {same} of {len(found)} held-out decisions as the teacher did")
 
@@ -46,9 +41,9 @@ def answers(rows: list[int], dtype: str, max_tokens: int, together: int, threads
     import numpy as np
 
     from apprentice import prompt
-    from apprentice.conversation import encode_all
-    from apprentice.dataset import Jsonl
-    from apprentice.local import generate, load
+    from apprentice.data.dataset import Jsonl
+    from apprentice.serving.in_process import generate, load
+    from apprentice.student.encoding import encode_all
 
     student = load("sft", "models/sft", dtype, 0.0, max_tokens, threads)
     processor = student.processor

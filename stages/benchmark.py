@@ -1,129 +1,80 @@
-"""benchmark: one agent plays the held-out worlds; data/benchmark/<agent>.parquet, metrics/benchmark/<agent>.json.
+"""benchmark: an agent without weights plays the held-out worlds: a built-in one, or a model behind an endpoint.
 
     dvc repro benchmark@expert                  or: python stages/benchmark.py expert
-    dvc repro benchmark_student@sft             or: python stages/benchmark.py sft
 
-Who plays, and by whose rules, is in params.yaml under `benchmark`. Episodes go to the ledger as they end, and replies
-that are paid for as they come, so that a killed run continues and more seeds only add. The stage `score` compares all.
+data/benchmark/<agent>.parquet has its episodes, metrics/benchmark/<agent>.json what they hold. Who plays, and by whose
+rules, is in params.yaml under `benchmark`; benchmark_student.py is the same for the student. Episodes go to the ledger
+as they end, and replies that are paid for as they come, so that a killed run continues and more seeds only add.
 """
 
 from collections.abc import Iterator
 from pathlib import Path
 
 from apprentice import params
-from apprentice.command import run, write_metrics
+from apprentice.errors import ConfigError
+from apprentice.stage import run, write_metrics
 
 
 def main(name: str) -> None:
-    """Play the benchmark as the agent or student NAME of params.yaml."""
-    settings = params.load()
-    benchmark = settings.benchmark
-    if name not in benchmark.names:
-        known = ", ".join(benchmark.names)
-        raise params.ConfigError(f"params.yaml: benchmark has no agent or student {name!r}; known there: {known}")
-    agent = benchmark.agents.get(name)
-    if agent and agent.endpoint:
-        from apprentice.client import api_key
+    """Play the benchmark as the agent NAME of params.yaml."""
+    benchmark = params.load().benchmark
+    if name not in benchmark.agents:
+        known = ", ".join(benchmark.agents)
+        raise ConfigError(f"params.yaml: benchmark.agents has no {name!r}; known there: {known}")
+    agent = benchmark.agents[name]
+    if agent.endpoint:
+        from apprentice.endpoint.client import api_key
 
         api_key(agent.endpoint, whose(name))  # before anything else: it may be missing
 
     from apprentice import store
 
     trace = Path(f"data/benchmark/{name}.parquet")
-    store.join(trace, student(name, settings) if agent is None else without_weights(name, agent, benchmark))
+    store.join(trace, episodes(name, agent, benchmark))
     totals = store.totals(trace)
     write_metrics(f"benchmark/{name}", totals | {"cost_usd": dollars(name, agent, benchmark)})
     print(f"benchmark {name}: {totals['episodes']} episodes, {totals['decisions']} decisions")
 
 
-def without_weights(name: str, agent: params.Player, benchmark: params.Benchmark) -> Iterator[bytes]:
-    """The episodes of a built-in policy, or of a model behind an endpoint."""
-    from apprentice.ledger import code, fingerprint
+def spec(name: str, agent: params.Agent, benchmark: params.Benchmark):
+    """What the agent is to play, by the benchmark's rules."""
+    from apprentice.fingerprint import code, fingerprint
+    from apprentice.play import Spec
 
-    if agent.endpoint:
-        from apprentice import chat
-
-        return chat.record(name, as_teacher(agent, benchmark), code(__file__), whose(name), benchmark.opening)
-
-    from apprentice import play
-    from apprentice.policy import Scripted
-
-    return play.record(
-        Scripted,
-        (agent.policy,),
-        benchmark.seeds,
-        benchmark.steps,
-        agent.prompt,
-        fingerprint=fingerprint(agent=name, play=agent.model_dump(mode="json"), **rules(benchmark)),
-        agent=name,
-        opening=benchmark.opening,
-    )
-
-
-def student(name: str, settings: params.Params) -> Iterator[bytes]:
-    """The episodes of the student with these weights, on vLLM or in process, as compute.yaml says."""
-    from apprentice import compute, local, play, remote, serve
-    from apprentice.ledger import digest, fingerprint
-    from apprentice.processes import cores
-
-    benchmark, profile, weights = settings.benchmark, settings.student, settings.benchmark.students[name]
-    sampling, adapter = profile.sampling, None if weights == "models/base" else weights
-    together, adapters = sampling.batch_size, [Path(adapter)] if adapter else []
-    serving = compute.load().serve
-    plan = serve.plan(serving, serve.gpus(), training=False)
-    students = serve.Servers(plan, serving, Path("models/base"), profile.dtype, adapters)
+    rules = {"max_steps": benchmark.steps, "opening": benchmark.opening}
     key = fingerprint(
-        agent=name,
-        prompt=profile.prompt.model_dump(mode="json"),
-        sampling=sampling.model_dump(mode="json"),
-        dtype=profile.dtype,
-        weights=[digest(folder) for folder in (Path("models/base"), *adapters)],
-        vllm=bool(students.servers),
-        **rules(benchmark),
+        agent=name, play=agent.model_dump(mode="json"), **rules, code=code(__file__, players=[agent.policy])
     )
-    if students.servers:
-        build = remote.load
-        with_these = (name, students.servers, adapter, sampling.temperature, sampling.max_tokens, "models/base")
-    else:
-        build, processes = local.load, min(cores(), -(-len(benchmark.seeds) // together))
-        threads = max(1, cores() // processes)
-        with_these = (name, adapter, profile.dtype, sampling.temperature, sampling.max_tokens, threads)
-    return play.record(
-        build,
-        with_these,
-        benchmark.seeds,
-        benchmark.steps,
-        profile.prompt,
-        fingerprint=key,
-        agent=name,
-        opening=benchmark.opening,
-        together=together,
-        while_playing=students,
-    )
+    return Spec(benchmark.seeds, benchmark.steps, agent.prompt, name, opening=benchmark.opening, fingerprint=key)
 
 
-def rules(benchmark: params.Benchmark) -> dict:
-    """What shapes every agent's episodes."""
-    from apprentice.ledger import code
+def episodes(name: str, agent: params.Agent, benchmark: params.Benchmark) -> Iterator[bytes]:
+    """The agent's episodes (`store.to_bytes`) in the order of the seeds, kept from before or played now."""
+    playing = spec(name, agent, benchmark)
+    if agent.endpoint:
+        from apprentice.fingerprint import code
+        from apprentice.players import chat
 
-    return {"max_steps": benchmark.steps, "opening": benchmark.opening, "code": code(__file__)}
+        return chat.record(playing, agent.endpoint, code(__file__, players=[agent.policy]), whose(name))
 
+    from apprentice.play import record
+    from apprentice.players.scripted import Scripted
 
-def as_teacher(agent: params.Player, benchmark: params.Benchmark) -> params.Teacher:
-    return params.Teacher(**dict(agent), seeds=benchmark.seeds, max_steps=benchmark.steps)
+    return record(Scripted, (agent.policy,), playing)
 
 
 def whose(name: str) -> str:
+    """Where the endpoint's settings stand, for error messages."""
     return f"benchmark.agents.{name}.endpoint"
 
 
-def dollars(name: str, agent: params.Player | None, benchmark: params.Benchmark) -> float | None:
+def dollars(name: str, agent: params.Agent, benchmark: params.Benchmark) -> float | None:
     """What the episodes have cost; None if a price is not known."""
-    if agent is None or agent.endpoint is None:
+    if agent.endpoint is None:
         return 0.0
-    from apprentice import chat
+    from apprentice.players import chat
 
-    cost, _ = chat.cost(name, as_teacher(agent, benchmark), benchmark.opening)
+    cost, _ = chat.cost(spec(name, agent, benchmark), agent.endpoint)
     return cost if cost is None else round(cost, 9)
 
 

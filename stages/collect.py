@@ -14,25 +14,25 @@ from typing import Annotated
 import typer
 
 from apprentice import params
-from apprentice.command import run, write_metrics
+from apprentice.errors import ConfigError
+from apprentice.stage import run, write_metrics
 
 
 def main(
     name: str, status: Annotated[bool, typer.Option("--status", help="Say what there is; play nothing.")] = False
 ) -> None:
     """Play as the teacher NAME of params.yaml."""
-    settings = params.load()
-    if name not in settings.teachers:
-        known = ", ".join(settings.teachers)
-        raise params.ConfigError(f"params.yaml: teachers has no {name!r}; known there: {known}")
-    teacher = settings.teachers[name]
+    teachers = params.load().teachers
+    if name not in teachers:
+        raise ConfigError(f"params.yaml: teachers has no {name!r}; known there: {', '.join(teachers)}")
+    teacher = teachers[name]
     if status:
-        show_status(name, teacher)
+        print(what_there_is(name, teacher))
         raise typer.Exit
     if teacher.endpoint:
-        from apprentice.client import api_key
+        from apprentice.endpoint.client import api_key
 
-        api_key(teacher.endpoint, f"teachers.{name}.endpoint")  # before anything else: it may be missing
+        api_key(teacher.endpoint, whose(name))  # before anything else: it may be missing
 
     from apprentice import store
 
@@ -44,67 +44,67 @@ def main(
         f"collect {name}: {count} episodes, {totals['decisions']} decisions ({totals['invalid']} invalid), "
         f"{totals['steps'] / count:.0f} steps and {totals['unlocked'] / count:.1f} achievements an episode"
     )
-    write_cost(name, teacher, totals)
+    write_metrics(f"cost/{name}", totals | cost(name, teacher, totals))
+
+
+def spec(name: str, teacher: params.Teacher):
+    """What the teacher is to play. A scripted one's episodes are known by all that shapes them, a paid one's replies
+    by what was shown."""
+    from apprentice.fingerprint import code, fingerprint
+    from apprentice.play import Spec
+
+    shaping = teacher.model_dump(mode="json", exclude={"seeds"})
+    key = fingerprint(agent=name, teacher=shaping, code=code(__file__, players=[teacher.policy]))
+    return Spec(teacher.seeds, teacher.max_steps, teacher.prompt, name, teacher.explore, fingerprint=key)
 
 
 def episodes(name: str, teacher: params.Teacher) -> Iterator[bytes]:
-    """The teacher's episodes (`store.to_bytes`) in the order of its seeds, from the ledger or played now."""
-    from apprentice.ledger import code
-
+    """The teacher's episodes (`store.to_bytes`) in the order of its seeds, kept from before or played now."""
     if teacher.endpoint:
-        from apprentice import chat
+        from apprentice.fingerprint import code
+        from apprentice.players import chat
 
-        return chat.record(name, teacher, code(__file__))
+        made_by = code(__file__, players=[teacher.policy])
+        return chat.record(spec(name, teacher), teacher.endpoint, made_by, whose(name))
 
-    from apprentice import play
-    from apprentice.policy import Scripted
+    from apprentice.play import record
+    from apprentice.players.scripted import Scripted
 
-    return play.record(
-        Scripted,
-        (teacher.policy, teacher.rationale),
-        teacher.seeds,
-        teacher.max_steps,
-        teacher.prompt,
-        fingerprint=scripted_run(name, teacher),
-        agent=name,
-        explore=teacher.explore,
-    )
+    return record(Scripted, (teacher.policy, teacher.rationale), spec(name, teacher))
 
 
-def scripted_run(name: str, teacher: params.Teacher) -> str:
-    from apprentice.ledger import code, fingerprint
+def whose(name: str) -> str:
+    """Where the endpoint's settings stand, for error messages."""
+    return f"teachers.{name}.endpoint"
 
-    return fingerprint(agent=name, teacher=teacher.model_dump(mode="json", exclude={"seeds"}), code=code(__file__))
 
-
-def write_cost(name: str, teacher: params.Teacher, totals: dict[str, int]) -> None:
-    """metrics/cost/<teacher>.json: tokens and dollars of the trace, and dollars spent for it and for all else."""
-    cost = spent = 0.0
+def cost(name: str, teacher: params.Teacher, totals: dict[str, int]) -> dict[str, float | None]:
+    """Dollars of the trace, and those spent for it and for all else; None where a price is not known."""
+    paid = spent = 0.0
     if teacher.endpoint:
-        from apprentice import chat
+        from apprentice.players import chat
 
-        cost, spent = chat.cost(name, teacher)
+        paid, spent = chat.cost(spec(name, teacher), teacher.endpoint)
     dollars = {
-        "cost_usd": cost,
-        "cost_per_decision_usd": None if cost is None else cost / totals["decisions"],
-        "cost_per_episode_usd": None if cost is None else cost / totals["episodes"],
+        "cost_usd": paid,
+        "cost_per_decision_usd": None if paid is None else paid / totals["decisions"],
+        "cost_per_episode_usd": None if paid is None else paid / totals["episodes"],
         "spent_usd": spent,
     }
-    dollars = {what: amount if amount is None else round(amount, 9) for what, amount in dollars.items()}
-    write_metrics(f"cost/{name}", totals | dollars)
+    return {what: amount if amount is None else round(amount, 9) for what, amount in dollars.items()}
 
 
-def show_status(name: str, teacher: params.Teacher) -> None:
+def what_there_is(name: str, teacher: params.Teacher) -> str:
+    """How many of the episodes have been played, in a few lines."""
     if teacher.endpoint:
-        from apprentice import chat
+        from apprentice.players import chat
 
-        print(chat.status(name, teacher))
-        return
+        return chat.status(spec(name, teacher), teacher.endpoint)
     from apprentice.ledger import Ledger
 
-    with Ledger(scripted_run(name, teacher)) as ledger:
+    with Ledger(spec(name, teacher).fingerprint) as ledger:
         done = len(ledger.keys() & {str(seed) for seed in teacher.seeds})
-    print(f"{name}: {done} of {len(teacher.seeds)} episodes done")
+    return f"{name}: {done} of {len(teacher.seeds)} episodes done"
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ import json
 from pathlib import Path
 
 from apprentice import params
-from apprentice.command import WorkError, run, write_metrics
+from apprentice.errors import WorkError
+from apprentice.stage import run, write_metrics
 
 
 def main() -> None:
@@ -18,14 +19,14 @@ def main() -> None:
     settings = params.load()
     judging = settings.filter.min_judge_score is not None
     if judging:
-        from apprentice.client import api_key
+        from apprentice.endpoint.client import api_key
 
         api_key(settings.judge.endpoint, "judge.endpoint")  # before anything else: it may be missing
 
     from tqdm import tqdm
 
     from apprentice import store
-    from apprentice.quality import Funnel, NothingLeft, select, to_judge
+    from apprentice.data.filters import Funnel, NothingLeft, select, to_judge
 
     def episodes(purpose: str):
         found = (episode for name in sources for episode in store.read(Path(f"data/traces/{name}.parquet")))
@@ -34,7 +35,7 @@ def main() -> None:
     sources, funnel = [*settings.teachers, *settings.imports], Funnel()
     scores = {}
     if judging:
-        from apprentice import judge
+        from apprentice.data import judge
 
         candidates = (episode for episode in episodes("judge") if to_judge(episode, settings.filter))
         verdicts = judge.scores(candidates, settings.judge)

@@ -9,7 +9,8 @@ metrics/cost/NAME.json says null, where a teacher's has dollars.
 from pathlib import Path
 
 from apprentice import params
-from apprentice.command import WorkError, run, write_metrics
+from apprentice.errors import ConfigError, WorkError
+from apprentice.stage import run, write_metrics
 
 
 def main(name: str) -> None:
@@ -17,12 +18,13 @@ def main(name: str) -> None:
     settings = params.load()
     if name not in settings.imports:
         known = ", ".join(settings.imports) or "nothing"
-        raise params.ConfigError(f"params.yaml: imports has no {name!r}; known there: {known}")
+        raise ConfigError(f"params.yaml: imports has no {name!r}; known there: {known}")
     path = Path(settings.imports[name].file)
     if not path.is_file():
-        raise params.ConfigError(f"params.yaml: imports.{name}.file: there is no file {path}")
+        raise ConfigError(f"params.yaml: imports.{name}.file: there is no file {path}")
 
-    from apprentice import imports, store
+    from apprentice import store
+    from apprentice.data import imports
 
     report = imports.Report()
     episodes = imports.read(path, name, report, settings.benchmark.seeds)

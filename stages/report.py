@@ -9,14 +9,14 @@ as an out of its own, metrics/times/<stage>.json. `apprentice report` builds the
 from pathlib import Path
 
 from apprentice import params
-from apprentice.command import run
+from apprentice.stage import run
 
 
 def main() -> None:
     """Write metrics/report.html."""
     settings = params.load()
 
-    from apprentice import report
+    from apprentice.results import report
 
     data = report.gather(settings)
     page = Path("metrics/report.html")

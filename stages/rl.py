@@ -1,79 +1,174 @@
-"""rl: GRPO from models/sft on the student's own play; the adapter goes to models/rl.
+"""rl: the student improves on its own play, from models/sft on; the adapter goes to models/rl.
 
     dvc repro rl        or: python stages/rl.py
 
-An iteration plays groups of episodes on the same world seeds and trains on their decisions. Every few iterations the
-student plays held-out worlds; the adapter that did best there is the one that's kept. Checkpoints lie in the user's
-cache, one for each iteration, and finished episodes in the ledger: a killed run continues where it was.
+An iteration plays groups of episodes on the same world seeds and trains on their decisions (`iterations` below). Every
+few iterations the student plays held-out worlds; the adapter that did best there is the one that's kept. Checkpoints
+lie in the user's cache, one for each iteration, and finished episodes in the ledger: a killed run continues.
 """
 
-import csv
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from time import perf_counter
 
 from apprentice import params
-from apprentice.command import run, write_metrics
+from apprentice.errors import OutOfBounds
+from apprentice.stage import run, write_curve, write_metrics, write_plot
 
-SFT, OUT = Path("models/sft"), Path("models/rl")
+BASE, SFT, OUT = Path("models/base"), Path("models/sft"), Path("models/rl")
 ROLLOUTS = Path("data/rl/rollouts.parquet")
-PLOTS = Path("metrics/plots")
 
 
 def main() -> None:
     """Train the adapter models/rl."""
     settings = params.load()
-    profile, judge = settings.student, settings.judge
-    rl = profile.rl
-    if rl.reward.judge:
-        from apprentice.client import api_key
+    profile, rl = settings.active, settings.active.rl
+    judge = settings.judge if rl.reward.judge else None
+    if judge:
+        from apprentice.endpoint.client import api_key
 
         api_key(judge.endpoint, "judge.endpoint")  # before hours of play
 
-    from apprentice import compute, distributed, serve
-    from apprentice.ledger import cache, code, digest, fingerprint
+    from apprentice import compute
+    from apprentice.cache import cache_folder
+    from apprentice.files import digest
+    from apprentice.fingerprint import code, fingerprint
+    from apprentice.serving import vllm
+    from apprentice.training import devices
 
     sections = {"rl": rl, "prompt": profile.prompt, "sampling": profile.sampling}
     shaping = {name: section.model_dump(mode="json") for name, section in sections.items()}
-    if rl.reward.judge:
+    if judge:
         shaping["judge"] = judge.model_dump(mode="json", include={"outcome", "events"})
         shaping["judge"]["endpoint"] = judge.endpoint.asked
-    shaping["inputs"] = [digest(Path(folder)) for folder in ("models/base", SFT)]
-    serving = compute.load().serve
-    plan = serve.plan(serving, serve.gpus(), training=True)
+    shaping["inputs"] = [digest(folder) for folder in (BASE, SFT)]
+    serving = compute.load().vllm
+    plan = vllm.plan(serving, vllm.gpus(), training=True)
     if plan.training is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(plan.training)
-    ranks, rows, accumulation = distributed.layout(rl.batch_size, rl.micro_batch_size)
+    ranks, rows, accumulation = devices.layout(rl.batch_size, rl.micro_batch_size)
     if rl.zero.stage:
         shaping["ranks"] = ranks  # each has its part of a checkpoint
-    checkpoints = cache() / "rl" / fingerprint(**shaping, dtype=profile.dtype, code=code(__file__))
-    with serve.Servers(plan, serving, Path("models/base"), profile.dtype, [SFT]) as students:
-        work = (train, ranks, profile, judge, checkpoints, rows, accumulation, students.servers, plan.sleeps)
-        relief = f"What helps, in this order, under profiles.{settings.profile}.rl: micro_batch_size, zero.stage: 2, 3"
-        distributed.launch(*work, group=rl.zero.stage > 0, relief=relief)
+    made_by = code(__file__, afterwards=("student.adapter",))  # which writes the model card
+    folder = cache_folder() / "rl" / fingerprint(**shaping, dtype=profile.dtype, code=made_by)
+    relief = f"What helps, in this order, under profiles.{settings.profile}.rl: micro_batch_size, zero.stage: 2"
+    with vllm.Servers(plan, serving, BASE, profile.dtype, [SFT]) as students:
+        work = (train, ranks, profile, judge, folder, rows, accumulation, students.servers, plan.sleeps)
+        devices.launch(*work, group=rl.zero.stage > 0, relief=relief)
 
 
 def train(
     profile: params.Profile,
     judge: params.Judge | None,
-    checkpoints: Path,
+    folder: Path,
     rows: int,
     accumulation: int,
     servers: tuple,
     sleeping: bool,
-):
-    """What each rank does. rows: decisions at once, in each rank. servers: that play; none plays in process."""
+) -> None:
+    """What each rank does. folder: the run's, in the cache. rows: decisions at once, in each rank. servers: that play;
+    none plays in process. sleeping: they and the trainer take turns."""
+    from apprentice.student import loading
+    from apprentice.training.checkpoints import Whole, last_checkpoint
+    from apprentice.training.rl import RlTrainer
+    from apprentice.training.sampler import InProcessSampler, VllmSampler
+    from apprentice.training.self_play import SelfPlay
+
+    args = arguments(profile, folder, rows, accumulation)
+    model, processor = loading.load(BASE, SFT, profile.dtype, trainable=True)
+    if servers:
+        sampler = VllmSampler(servers, processor, folder / "policies", sleeping)
+    else:
+        sampler = InProcessSampler(loading.load(BASE, dtype=profile.dtype)[0], processor)
+    trainer = RlTrainer(model, processor, profile.rl, profile.prompt, args, sampler.exact)
+    trainer.add_callback(Whole())
+    play = SelfPlay(trainer, sampler, profile, folder)
+    stopped = ""
+    try:
+        trainer.learn(iterations(trainer, play, profile.rl, judge), last_checkpoint(folder))
+        play.evaluate(profile.rl.iterations)
+    except OutOfBounds as reason:
+        stopped = str(reason)
+    sampler.close()
+    if trainer.is_world_process_zero():
+        write(trainer.history, processor, profile, judge, folder, stopped)
+
+
+def iterations(trainer, play, rl: params.Rl, judge: params.Judge | None) -> Iterator[list[dict]]:
+    """RL's loop: play, score, compare, draw. The trainer updates the policy on what is yielded, then asks for more.
+
+    Raises OutOfBounds when too many replies are invalid, or the policy is too far from where it began.
+    """
+    import numpy as np
+
+    from apprentice.training import rollouts
+    from apprentice.training.advantages import Critic, advantages, draw_decisions
+    from apprentice.training.judged import Judged
+    from apprentice.training.self_play import summary
+
+    first = trainer.iteration
+    judged = Judged(judge, rl.group_size) if judge else None
+    critic = Critic(play.folder / "critics", first)
+    for iteration in range(first, rl.iterations):
+        # Play.
+        began = perf_counter()
+        episodes = play.played_ahead(iteration)
+        waited = perf_counter() - began
+        if iteration % rl.evaluation.every == 0:
+            play.evaluate(iteration)
+        last = trainer.history[-1] if trainer.history else {}
+        within("the KL divergence to the SFT policy", last.get("kl", 0.0), rl.max_kl, trainer)
+        trainer.stale = episodes is not None
+        began = perf_counter() - waited
+        if episodes is None:
+            episodes = play.episodes(iteration)
+        seconds = perf_counter() - began
+
+        # Score.
+        scores, log = judged.scores(episodes) if judged else ([0.0] * len(episodes), {})
+        log |= summary(episodes, rl.reward, seconds) | {"staleness": trainer.stale}
+        trainer.note(log)
+
+        # Compare: how much better than expected was each decision?
+        values = advantages(episodes, rl, scores, critic)
+        if trainer.is_world_process_zero():
+            group = zip(episodes[: rl.group_size], values[: rl.group_size], strict=True)
+            rollouts.write(play.folder / "rollouts" / f"{iteration:05}.parquet", group, iteration)
+            critic.save(play.folder / "critics", iteration)
+        if log["invalid_rate"] > rl.max_invalid_rate:
+            trainer.log({})  # what was seen of this iteration
+        within("the share of invalid replies", log["invalid_rate"], rl.max_invalid_rate, trainer)
+
+        # Draw what to train on.
+        generator = np.random.default_rng([rl.random_seed, 7, iteration])
+        batches = trainer.batches(*draw_decisions(episodes, values, rl.decisions, generator))
+        if rl.staleness and iteration + 1 < rl.iterations:
+            play.play_ahead(iteration + 1)
+
+        # Update.
+        yield batches
+
+
+def within(what: str, value: float, bound: float, trainer) -> None:
+    """Raise OutOfBounds if it's above the bound."""
+    if value > bound:
+        done = len(trainer.history)
+        raise OutOfBounds(f"{what} was {value:.3g} in iteration {done}, above the bound of {bound:g}")
+
+
+def arguments(profile: params.Profile, folder: Path, rows: int, accumulation: int):
+    """The settings as TRL takes them."""
     import torch
     from trl import GRPOConfig
 
-    from apprentice import student, training
-    from apprentice.actor import InProcess, OnVllm
-    from apprentice.grpo import Stopped, Trainer
+    from apprentice.training import memory
 
     rl = profile.rl
     batches = rl.decisions // rl.batch_size
-    arguments = GRPOConfig(
-        output_dir=str(checkpoints),
+    return GRPOConfig(
+        output_dir=str(folder),
         max_steps=rl.iterations * rl.epochs * batches,
         per_device_train_batch_size=rows,
         gradient_accumulation_steps=accumulation,
@@ -99,29 +194,13 @@ def train(
         bf16=profile.dtype == "bfloat16",
         use_cpu=not torch.cuda.is_available(),
         gradient_checkpointing=torch.cuda.is_available(),
-        deepspeed=training.zero_config(rl.zero),
+        deepspeed=memory.zero_config(rl.zero),
         ddp_find_unused_parameters=False,
         ddp_timeout=24 * 3600,  # the slowest rank's play is waited for
         remove_unused_columns=False,
         seed=rl.random_seed,
         report_to="none",
     )
-    model, processor = student.load("models/base", SFT, profile.dtype, trainable=True)
-    if servers:
-        actor = OnVllm(servers, processor, checkpoints / "policies", sleeping)
-    else:
-        actor = InProcess(student.load("models/base", dtype=profile.dtype)[0], processor)
-    trainer = Trainer(model, actor, processor, rl, profile.prompt, profile.sampling, arguments, judge)
-    trainer.add_callback(training.Whole())
-    stopped = ""
-    try:
-        trainer.train(resume_from_checkpoint=training.last_checkpoint(checkpoints))
-        trainer.evaluate_play(rl.iterations)
-    except Stopped as reason:
-        stopped = str(reason)
-    actor.close()
-    if trainer.is_world_process_zero():
-        write(trainer.history, processor, profile, judge, checkpoints, stopped)
 
 
 def write(
@@ -129,61 +208,24 @@ def write(
     processor,
     profile: params.Profile,
     judge: params.Judge | None,
-    checkpoints: Path,
+    folder: Path,
     stopped: str,
 ) -> None:
-    """The best adapter, some rollouts, metrics and plots."""
-    from apprentice import adapter, rollouts, training
-    from apprentice.grpo import evaluations
+    """The best adapter with its card, some rollouts, plots and metrics."""
+    from apprentice.files import replacing
+    from apprentice.training import rollouts
+    from apprentice.training.self_play import evaluations
 
-    rl = profile.rl
-    held_out = evaluations(checkpoints)
+    held_out = evaluations(folder)
     best = max(held_out, key=lambda evaluation: evaluation["achievements"])
-    shutil.rmtree(OUT, ignore_errors=True)
-    shutil.copytree(
-        checkpoints / "evaluated" / str(best["iteration"]), OUT, ignore=shutil.ignore_patterns("evaluation.json")
-    )
-    rollouts.join(sorted(checkpoints.glob("rollouts/*.parquet")), ROLLOUTS)
-
-    columns = {name: name for name in ("reward", "achievements", "length", "invalid_rate", "steps_per_second")}
-    if rl.reward.judge:
-        columns |= {"judge_score": "judge_score", "judge_missing": "judge_missing"}
-    training.write_curve(PLOTS / "rl.csv", history, columns)
-    columns = {"entropy": "entropy", "clip_ratio/region_mean": "clip_fraction", "sampler_mismatch": "sampler_mismatch"}
-    columns["staleness"] = "staleness"
-    if rl.kl_coefficient:
-        columns["kl"] = "kl"
-    training.write_curve(PLOTS / "rl_training.csv", history, columns)
-    with (PLOTS / "rl_held_out.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(best), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(held_out)
-    with (PLOTS / "rl_actions.csv").open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["iteration", "action", "share"])
-        for iteration, entry in enumerate(history):
-            actions = {key.removeprefix("action/"): share for key, share in entry.items() if key.startswith("action/")}
-            writer.writerows([iteration, action, f"{share:.6g}"] for action, share in actions.items())
-
-    metrics = {"iterations": len(history), "stopped": stopped or None, "best_iteration": best["iteration"]}
-    rows = {"first": history[0], "last": history[-1], "held_out_sft": held_out[0], "held_out_best": best}
-    for when, row in rows.items():
-        metrics |= {f"{when}_{name}": row[name] for name in ("reward", "achievements")}
-    if rl.reward.judge:
-        from apprentice.judge import spent
-
-        metrics["judge_usd"] = spent(judge)  # with what the filter has asked
+    with replacing(OUT) as out:
+        kept = folder / "evaluated" / str(best["iteration"])
+        shutil.copytree(kept, out, ignore=shutil.ignore_patterns("evaluation.json"))
+    rollouts.join(sorted(folder.glob("rollouts/*.parquet")), ROLLOUTS)
+    write_plots(history, held_out, profile.rl)
+    metrics = metrics_of(history, held_out, best, judge, stopped)
     write_metrics("rl", metrics)
-    shaping = {"prompt": profile.prompt, "sampling": profile.sampling, "rl": rl}
-    seeds = {"seeds": True, "evaluation": {"seeds"}}  # hundreds
-    shaping = {name: section.model_dump(mode="json", exclude=seeds) for name, section in shaping.items()}
-    sections = {
-        "Data": f"{adapter.section(SFT, 'Data')}\n\nThen {best['iteration']} iterations on its own play, "
-        f"{rl.groups * rl.group_size} episodes each, of worlds from {rl.seeds[0]} on.",
-        "Metrics": adapter.table(("metric", "value"), metrics.items()),
-        "Settings": adapter.settings({"dtype": profile.dtype, **shaping}),
-    }
-    adapter.complete(OUT, processor, profile.student, sections)
+    write_card(processor, profile, best["iteration"], metrics)
     if stopped:
         print(f"rl: STOPPED EARLY: {stopped}; models/rl is the best adapter until then")
     print(
@@ -191,6 +233,53 @@ def write(
         f"{best['achievements']:.2f} (after {best['iteration']} iterations), "
         f"in training {history[0]['achievements']:.2f} → {history[-1]['achievements']:.2f}"
     )
+
+
+def write_plots(history: list[dict], held_out: list[dict], rl: params.Rl) -> None:
+    judged = ("judge_score", "judge_missing") if rl.reward.judge else ()
+    played = ("reward", "achievements", "length", "invalid_rate", "steps_per_second", *judged)
+    write_curve("rl", history, {name: name for name in played})
+    trained = {"entropy": "entropy", "clip_ratio/region_mean": "clip_fraction", "sampler_mismatch": "sampler_mismatch"}
+    trained |= {"staleness": "staleness"} | ({"kl": "kl"} if rl.kl_coefficient else {})
+    write_curve("rl_training", history, trained)
+    write_plot("rl_held_out", list(held_out[0]), [list(row.values()) for row in held_out])
+    actions = (
+        [iteration, key.removeprefix("action/"), share]
+        for iteration, entry in enumerate(history)
+        for key, share in entry.items()
+        if key.startswith("action/")
+    )
+    write_plot("rl_actions", ["iteration", "action", "share"], actions)
+
+
+def metrics_of(history: list[dict], held_out: list[dict], best: dict, judge: params.Judge | None, stopped: str) -> dict:
+    """metrics/rl.json."""
+    metrics = {"iterations": len(history), "stopped": stopped or None, "best_iteration": best["iteration"]}
+    rows = {"first": history[0], "last": history[-1], "held_out_sft": held_out[0], "held_out_best": best}
+    for when, row in rows.items():
+        metrics |= {f"{when}_{name}": row[name] for name in ("reward", "achievements")}
+    if judge:
+        from apprentice.data.judge import spent
+
+        metrics["judge_usd"] = spent(judge)  # with what the filter has asked
+    return metrics
+
+
+def write_card(processor, profile: params.Profile, iterations: int, metrics: dict) -> None:
+    """Make the adapter's folder complete: processor, model card."""
+    from apprentice.student import adapter
+
+    rl = profile.rl
+    sections = {"prompt": profile.prompt, "sampling": profile.sampling, "rl": rl}
+    seeds = {"seeds": True, "evaluation": {"seeds"}}  # hundreds
+    settings = {name: section.model_dump(mode="json", exclude=seeds) for name, section in sections.items()}
+    sections = {
+        "Data": f"{adapter.section(SFT, 'Data')}\n\nThen {iterations} iterations on its own play, "
+        f"{rl.groups * rl.group_size} episodes each, of worlds from {rl.seeds[0]} on.",
+        "Metrics": adapter.table(("metric", "value"), metrics.items()),
+        "Settings": adapter.settings({"dtype": profile.dtype, **settings}),
+    }
+    adapter.complete(OUT, processor, profile.student, sections)
 
 
 if __name__ == "__main__":

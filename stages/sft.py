@@ -6,11 +6,11 @@ The loss is on the answers only. Evaluated every `eval_steps`, the adapter with 
 Checkpoints lie in the user's cache, named by everything that shapes them: a killed run continues.
 """
 
-import shutil
 from pathlib import Path
 
 from apprentice import params
-from apprentice.command import WorkError, run, write_metrics
+from apprentice.errors import WorkError
+from apprentice.stage import run, write_curve, write_metrics
 
 BASE, OUT = Path("models/base"), Path("models/sft")
 DATA = {name: Path(f"data/sft/{name}.jsonl") for name in ("train", "val")}
@@ -19,52 +19,89 @@ DATA = {name: Path(f"data/sft/{name}.jsonl") for name in ("train", "val")}
 def main() -> None:
     """Train the adapter models/sft."""
     settings = params.load()
-    sft = settings.student.sft
+    profile, sft, where = settings.active, settings.active.sft, f"profiles.{settings.profile}"
 
-    from apprentice import distributed, training
-    from apprentice.ledger import cache, code, digest, fingerprint
+    from apprentice.cache import cache_folder
+    from apprentice.files import digest
+    from apprentice.fingerprint import code, fingerprint
+    from apprentice.training import devices, memory
 
-    inputs = [digest(path) for path in (*DATA.values(), BASE)]
-    known = {
-        name: fingerprint(rows=rows, base=inputs[-1], code=code(__file__))
-        for name, rows in zip(DATA, inputs, strict=False)
-    }
-    left_out = 0
-    for name, file in DATA.items():
-        lengths = training.survey(file, BASE, known[name]).lengths
-        if not (lengths <= sft.max_length).any():
-            where, shortest = f"profiles.{settings.profile}", min(lengths, default=0)
-            raise WorkError(
-                f"sft: {file} has no row of at most {sft.max_length} tokens, the shortest has {shortest}: "
-                f"raise {where}.sft.max_length, or show less by {where}.prompt"
-            )
-        left_out += int((lengths > sft.max_length).sum())
-    shaping = {"sft": sft.model_dump(mode="json"), "dtype": settings.student.dtype, "inputs": inputs}
-    ranks, rows, accumulation = distributed.layout(sft.batch_size, sft.micro_batch_size)
+    inputs = {name: digest(path) for name, path in {**DATA, "base": BASE}.items()}
+    made_by = code(__file__, afterwards=("student.adapter",))  # which writes the model card
+    surveys = {name: fingerprint(rows=inputs[name], base=inputs["base"], code=made_by) for name in DATA}
+    left_out = sum(too_long(name, surveys[name], sft.max_length, where) for name in DATA)
+    ranks, rows, accumulation = devices.layout(sft.batch_size, sft.micro_batch_size)
+    shaping = {"sft": sft.model_dump(mode="json"), "dtype": profile.dtype, "inputs": list(inputs.values())}
     if sft.zero.stage:
         shaping["ranks"] = ranks  # each has its part of a checkpoint
-    checkpoints = cache() / "sft" / fingerprint(**shaping, code=code(__file__))
-    arguments = settings.student, known, left_out, checkpoints, rows, accumulation
-    relief = training.relief(f"profiles.{settings.profile}.sft", sft)
-    distributed.launch(train, ranks, *arguments, group=sft.zero.stage > 0, relief=relief)
+    checkpoints = cache_folder() / "sft" / fingerprint(**shaping, code=made_by)
+    devices.launch(
+        train,
+        ranks,
+        *(profile, surveys, left_out, checkpoints, rows, accumulation),
+        group=sft.zero.stage > 0,
+        relief=memory.relief(f"{where}.sft", sft),
+    )
+
+
+def too_long(name: str, survey: str, most: int, where: str) -> int:
+    """How many rows of a file have more tokens than `max_length`. Raises WorkError if all have."""
+    from apprentice.training import examples
+
+    lengths = examples.survey(DATA[name], BASE, survey).lengths
+    if not (lengths <= most).any():
+        raise WorkError(
+            f"sft: {DATA[name]} has no row of at most {most} tokens, the shortest has {min(lengths, default=0)}: "
+            f"raise {where}.sft.max_length, or show less by {where}.prompt"
+        )
+    return int((lengths > most).sum())
 
 
 def train(
-    profile: params.Profile, known: dict[str, str], left_out: int, checkpoints: Path, rows: int, accumulation: int
+    profile: params.Profile, surveys: dict[str, str], left_out: int, checkpoints: Path, rows: int, accumulation: int
 ) -> None:
-    """What each rank does. known: the name of each file's survey. rows: at once, in each rank."""
-    import numpy as np
-    import torch
+    """What each rank does. surveys: the name of each file's. rows: at once, in each rank."""
     from transformers import EarlyStoppingCallback
+
+    from apprentice.student import loading
+    from apprentice.training.checkpoints import Whole, last_checkpoint
+    from apprentice.training.sft import SftTrainer
+
+    sft = profile.sft
+    args = arguments(profile, checkpoints, rows, accumulation)  # before the model: ZeRO-3 divides it as it's loaded
+    model, processor = loading.load(BASE, dtype=profile.dtype, quantization=sft.lora.quantization)
+    data = {name: examples_of(name, surveys[name], processor, sft) for name in DATA}
+    patience = sft.early_stopping_patience
+    trainer = SftTrainer(
+        model=model,
+        args=args,
+        train_dataset=data["train"].dataset,
+        eval_dataset=data["val"].dataset,
+        data_collator=data["train"].collate,
+        processing_class=processor,
+        peft_config=loading.lora_config(sft.lora),
+        callbacks=[Whole(), *([EarlyStoppingCallback(patience)] if patience else [])],
+    )
+    if sft.zero.stage < 3:  # there no rank has a whole weight to fold
+        loading.fold(trainer.model)
+    trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints))
+    # With stage 3 each rank has a part of the weights, and all bring them together.
+    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped) if sft.zero.stage == 3 else None
+    if trainer.is_world_process_zero():
+        write(trainer, weights, processor, profile, surveys, left_out)
+
+
+def arguments(profile: params.Profile, checkpoints: Path, rows: int, accumulation: int):
+    """The settings as TRL takes them."""
+    import torch
     from trl import SFTConfig
 
-    from apprentice import adapter, dataset, distributed, student, training
-    from apprentice.sft import Trainer
+    from apprentice.training import devices, memory
 
-    sft, readers = profile.sft, distributed.readers()
-    arguments = SFTConfig(
+    sft, readers = profile.sft, devices.readers()
+    return SFTConfig(
         output_dir=str(checkpoints),
-        num_train_epochs=1,  # `order` has all of them
+        num_train_epochs=1,  # `dataset.order` has all of them
         train_sampling_strategy="sequential",
         per_device_train_batch_size=rows,
         per_device_eval_batch_size=sft.micro_batch_size,
@@ -84,7 +121,7 @@ def train(
         bf16=profile.dtype == "bfloat16",
         use_cpu=not torch.cuda.is_available(),
         gradient_checkpointing=sft.gradient_checkpointing,
-        deepspeed=training.zero_config(sft.zero),
+        deepspeed=memory.zero_config(sft.zero),
         ddp_find_unused_parameters=False,
         seed=sft.random_seed,
         max_length=None,
@@ -94,43 +131,37 @@ def train(
         dataset_kwargs={"skip_prepare_dataset": True},
         report_to="none",
     )
-    model, processor = student.load(BASE, dtype=profile.dtype, quantization=sft.lora.quantization)
-    data = {}
-    for name, file in DATA.items():
-        survey = training.survey(file, BASE, known[name])
-        chosen = np.flatnonzero(survey.lengths <= sft.max_length)
-        lengths = survey.lengths[chosen]
-        if name == "train":
-            chosen = chosen[dataset.order(lengths, sft.batch_size, sft.epochs, sft.random_seed)]
-        else:
-            chosen = chosen[lengths.argsort(kind="stable")]  # like lengths together: little to pad
-        data[name] = training.Rows(file, processor, survey.places, chosen)
-    patience = sft.early_stopping_patience
-    trainer = Trainer(
-        model=model,
-        args=arguments,
-        train_dataset=data["train"].dataset,
-        eval_dataset=data["val"].dataset,
-        data_collator=data["train"].collate,
-        processing_class=processor,
-        peft_config=training.lora_config(sft.lora),
-        callbacks=[training.Whole(), *([EarlyStoppingCallback(patience)] if patience else [])],
-    )
-    if sft.zero.stage < 3:  # there no rank has a whole weight to fold
-        student.fold(trainer.model)
-    trainer.train(resume_from_checkpoint=training.last_checkpoint(checkpoints))
-    # With stage 3 each rank has a part of the weights, and all bring them together.
-    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped) if sft.zero.stage == 3 else None
-    if not trainer.is_world_process_zero():
-        return
 
-    shutil.rmtree(OUT, ignore_errors=True)
+
+def examples_of(name: str, survey: str, processor, sft: params.Sft):
+    """The rows of a file that are short enough, in the order of training; of validation, like lengths together."""
+    import numpy as np
+
+    from apprentice.data import dataset
+    from apprentice.training import examples
+
+    known = examples.survey(DATA[name], BASE, survey)
+    chosen = np.flatnonzero(known.lengths <= sft.max_length)
+    lengths = known.lengths[chosen]
+    if name == "train":
+        order = dataset.order(lengths, sft.batch_size, sft.epochs, sft.random_seed)
+    else:
+        order = lengths.argsort(kind="stable")
+    return examples.Rows(DATA[name], processor, known.places, chosen[order])
+
+
+def write(trainer, weights, processor, profile: params.Profile, surveys: dict[str, str], left_out: int) -> None:
+    """The adapter with its card, curves and metrics."""
+    from apprentice.files import remove
+    from apprentice.student import adapter
+    from apprentice.training import examples
+
+    remove(OUT)
     trainer.model.save_pretrained(OUT, state_dict=weights)
     history = trainer.state.log_history
     columns = {"loss": "loss", "mean_token_accuracy": "token_accuracy", "learning_rate": "learning_rate"}
-    training.write_curve(Path("metrics/plots/sft_train.csv"), history, columns)
-    columns = {"eval_loss": "loss", "eval_mean_token_accuracy": "token_accuracy"}
-    training.write_curve(Path("metrics/plots/sft_val.csv"), history, columns)
+    write_curve("sft_train", history, columns)
+    write_curve("sft_val", history, {"eval_loss": "loss", "eval_mean_token_accuracy": "token_accuracy"})
     best = min((entry for entry in history if "eval_loss" in entry), key=lambda entry: entry["eval_loss"])
     metrics = {
         "val_loss": best["eval_loss"],
@@ -140,12 +171,11 @@ def train(
         "rows_too_long": left_out,
     }
     write_metrics("sft", metrics)
-    taught = adapter.teachers(training.survey(DATA["train"], BASE, known["train"]).teachers)
-    validated = adapter.teachers(training.survey(DATA["val"], BASE, known["val"]).teachers)
+    taught, validated = (adapter.teachers(examples.survey(DATA[name], BASE, surveys[name]).teachers) for name in DATA)
     sections = {
         "Data": f"Trained on decisions of\n\n{taught}\n\nand validated, on other worlds, on\n\n{validated}",
         "Metrics": adapter.table(("metric", "value"), metrics.items()),
-        "Settings": adapter.settings({"dtype": profile.dtype, "sft": sft.model_dump(mode="json")}),
+        "Settings": adapter.settings({"dtype": profile.dtype, "sft": profile.sft.model_dump(mode="json")}),
     }
     adapter.complete(OUT, processor, profile.student, sections)
     print(

@@ -7,17 +7,20 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 from apprentice import params
-from apprentice.command import WorkError, run, write_metrics
+from apprentice.data import chat_rows
+from apprentice.errors import WorkError
+from apprentice.stage import run, write_metrics
 
 
 def main() -> None:
     """Split data/filtered.parquet, rendered with the student's prompt settings."""
     settings = params.load()
-    split, shown_with = settings.split, settings.student.prompt
+    split, shown_with = settings.split, settings.active.prompt
 
     from tqdm import tqdm
 
-    from apprentice import conversation, dataset, prompt, store
+    from apprentice import prompt, store
+    from apprentice.data import dataset
 
     source = Path("data/filtered.parquet")
     achievements = defaultdict(list)
@@ -42,8 +45,8 @@ def main() -> None:
                     if step.invalid:
                         counts["invalid"] += 1  # kept by the filter's settings, but no target to learn
                         continue
-                    row = conversation.row(episode, step, shown_with, split.include_rationale)
-                    characters += conversation.characters(row["messages"])
+                    row = chat_rows.row(episode, step, shown_with, split.include_rationale)
+                    characters += chat_rows.characters(row["messages"])
                     counts["pictures"] += row["metadata"]["has_image"]
                     counts["imported"] += episode.imported
                     counts["other_prompt"] += row["messages"][0]["content"] != system

@@ -9,7 +9,8 @@ import shutil
 from pathlib import Path
 
 from apprentice import params
-from apprentice.command import WorkError, run, write_metrics
+from apprentice.errors import WorkError
+from apprentice.stage import run, write_metrics
 
 BASE = Path("models/base")
 
@@ -18,7 +19,7 @@ def main() -> None:
     """Make models/base for the profile in use."""
     settings = params.load()
     shutil.rmtree(BASE, ignore_errors=True)
-    metrics = hub(settings) if isinstance(settings.student.student, params.HubStudent) else tiny(settings)
+    metrics = hub(settings) if isinstance(settings.active.student, params.HubStudent) else tiny(settings)
     write_metrics("student", metrics)
     print("student: " + ", ".join(f"{name} {value:.3g}" for name, value in metrics.items()))
 
@@ -26,7 +27,7 @@ def main() -> None:
 def hub(settings: params.Params) -> dict:
     from huggingface_hub import snapshot_download
 
-    student = settings.student.student
+    student = settings.active.student
     try:
         snapshot_download(student.model, revision=student.revision, local_dir=BASE)
     except OSError as error:  # the hub's own errors are OSErrors
@@ -38,11 +39,12 @@ def hub(settings: params.Params) -> dict:
 def tiny(settings: params.Params) -> dict:
     from tqdm import tqdm
 
-    from apprentice import pretraining
-    from apprentice.processes import in_processes
-    from apprentice.student import build, tokenizer, use_all_cores
+    from apprentice.student.loading import use_all_cores
+    from apprentice.student.tiny import build, tokenizer
+    from apprentice.training import pretraining
+    from apprentice.workers import in_processes
 
-    student, shown_with = settings.student.student, settings.student.prompt
+    student, shown_with = settings.active.student, settings.active.prompt
     options = student.pretraining
     calls = [(seed, options.frames_per_seed) for seed in options.seeds]
     played = in_processes(pretraining.frames, calls)

@@ -7,8 +7,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from closure import ROOT
 from ruamel.yaml import YAML
+
+from apprentice.pipeline import ROOT
 
 
 @dataclass(frozen=True)

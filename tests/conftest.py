@@ -10,11 +10,12 @@ SHOWN = Prompt(mode="image", rules=False, history=2)
 @pytest.fixture(scope="session")
 def tiny():
     """An untrained tiny Qwen3-VL: (model, processor)."""
-    from apprentice import pretraining, student
+    from apprentice.student.tiny import build, tokenizer
+    from apprentice.training import pretraining
 
     _, seen = pretraining.frames(100_000, 8)
-    tokens = student.tokenizer(*pretraining.vocabulary(SHOWN, seen), 512)
-    model, processor = student.build(Architecture(initializer_range=0.3), tokens, 0)
+    tokens = tokenizer(*pretraining.vocabulary(SHOWN, seen), 512)
+    model, processor = build(Architecture(initializer_range=0.3), tokens, 0)
     return model.eval(), processor
 
 

@@ -11,10 +11,11 @@ import time
 from pathlib import Path
 
 import pytest
-from closure import ROOT
 from test_pipeline import SMALL, checkout, contents, environment
 
-from apprentice import compute, launch
+from apprentice import compute
+from apprentice.cloud import launch
+from apprentice.pipeline import ROOT
 
 KEY = secrets.token_hex()
 SERVER = ROOT / ".venv-s3/bin/moto_server"

@@ -26,15 +26,17 @@ from served import KINDS, decisions
 from test_pipeline import SMALL, checkout, stage, started, wait_for
 from test_serve import gone
 
-from apprentice import prompt, remote, serve, student
-from apprentice.actor import OnVllm
-from apprentice.compute import Serve
-from apprentice.conversation import batch, encode
-from apprentice.local import generate, shown, vision_tokens
-from apprentice.merge import merge
-from apprentice.play import play
+from apprentice import prompt
+from apprentice.compute import Vllm
+from apprentice.play import Spec, play
+from apprentice.serving import on_vllm, vllm
+from apprentice.serving.in_process import generate, shown, vision_tokens
+from apprentice.student import loading
+from apprentice.student.encoding import batch, encode
+from apprentice.student.merge import merge
+from apprentice.training.sampler import VllmSampler
 
-SETTINGS = Serve(student="vllm")
+SETTINGS = Vllm(use="always")
 LORA = LoraConfig(r=8, target_modules="all-linear", init_lora_weights=False)
 
 
@@ -43,8 +45,8 @@ def adapter(tiny_folder, tmp_path_factory) -> Path:
     """One that changes what is said, and the vision tower too."""
     torch.manual_seed(1)
     folder = tmp_path_factory.mktemp("adapter")
-    get_peft_model(student.load(tiny_folder)[0], LORA).save_pretrained(folder)
-    student.processor(tiny_folder).save_pretrained(folder)
+    get_peft_model(loading.load(tiny_folder)[0], LORA).save_pretrained(folder)
+    loading.processor(tiny_folder).save_pretrained(folder)
     assert any("visual" in name for name in load_file(folder / "adapter_model.safetensors"))
     return folder
 
@@ -53,20 +55,20 @@ def adapter(tiny_folder, tmp_path_factory) -> Path:
 def servers(tiny_folder, adapter, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("APPRENTICE_CACHE", str(tmp_path_factory.mktemp("cache")))
-        command = serve.command
-        patch.setattr(serve, "command", lambda *asked: [*command(*asked), "--enable-scale-out"])  # for /render
-        here = serve.plan(SETTINGS, [], training=True)
-        with serve.Servers(here, SETTINGS, tiny_folder, "float32", [adapter]) as running:
+        command = vllm.command
+        patch.setattr(vllm, "command", lambda *asked: [*command(*asked), "--enable-scale-out"])  # for /render
+        here = vllm.plan(SETTINGS, [], training=True)
+        with vllm.Servers(here, SETTINGS, tiny_folder, "float32", [adapter]) as running:
             yield running.servers
 
 
 @pytest.fixture(scope="module")
 def processor(tiny_folder):
-    return student.processor(tiny_folder)
+    return loading.processor(tiny_folder)
 
 
 def merged(folder: Path, adapter: Path | None):
-    model, _ = student.load(folder, adapter)
+    model, _ = loading.load(folder, adapter)
     return model.merge_and_unload() if adapter else model
 
 
@@ -115,9 +117,9 @@ def test_prompts_and_pixels_are_those_of_training(servers, processor, tmp_path):
         "torch.save([kwargs and {name: field.data for name, field in "
         "decode_mm_kwargs_item(kwargs['image'][0]).items()} for kwargs in json.load(open(sys.argv[1]))], sys.argv[2])"
     )
-    python = Path(serve._program(SETTINGS)).parent / "python"
+    python = Path(vllm.program(SETTINGS)).parent / "python"
     files = (tmp_path / "served.json", tmp_path / "pixels.pt")
-    subprocess.run([python, "-c", decode, *files], env=os.environ | serve._VARIABLES, check=True)
+    subprocess.run([python, "-c", decode, *files], env=os.environ | vllm._VARIABLES, check=True)
     for here, there in zip(encoded, torch.load(tmp_path / "pixels.pt"), strict=True):
         assert (here.pixel_values is None) == (there is None)
         if there:
@@ -128,8 +130,8 @@ def test_prompts_and_pixels_are_those_of_training(servers, processor, tmp_path):
 @pytest.mark.parametrize("adapted", [False, True])
 def test_greedy_replies_are_those_of_the_model_in_process(servers, processor, tiny_folder, adapter, adapted):
     model = merged(tiny_folder, adapter if adapted else None)
-    named = serve.Adapter.of(adapter) if adapted else None
-    policy = remote.Remote("student", servers, named, processor, 0.0, 16)
+    named = vllm.Adapter.of(adapter) if adapted else None
+    policy = on_vllm.OnVllm("student", servers, named, processor, 0.0, 16)
     turns, parted = [turn for settings in KINDS.values() for turn, _ in decisions(settings, 6)], 0
     for turn, reply in zip(turns, replies(policy, turns), strict=True):
         here = shown(processor, [turn])[0]
@@ -153,10 +155,10 @@ def test_a_merged_model_is_served_as_it_is(servers, processor, tiny_folder, adap
     """What `apprentice merge` writes says what the adapter says on its base."""
     merge(adapter, tmp_path / "merged", str(tiny_folder))
     turns = [turn for turn, _ in decisions(SHOWN, 6)]
-    found = replies(remote.Remote("student", servers, serve.Adapter.of(adapter), processor, 0.0, 8), turns)
-    here = serve.plan(SETTINGS, [], training=False)
-    with serve.Servers(here, SETTINGS, tmp_path / "merged", "float32", []) as others:
-        again = replies(remote.Remote("student", others.servers, None, processor, 0.0, 8), turns)
+    found = replies(on_vllm.OnVllm("student", servers, vllm.Adapter.of(adapter), processor, 0.0, 8), turns)
+    here = vllm.plan(SETTINGS, [], training=False)
+    with vllm.Servers(here, SETTINGS, tmp_path / "merged", "float32", []) as others:
+        again = replies(on_vllm.OnVllm("student", others.servers, None, processor, 0.0, 8), turns)
     for one, other in zip(found, again, strict=True):
         assert one.message == other.message
         np.testing.assert_allclose(one.sample.logprobs, other.sample.logprobs, atol=1e-3)
@@ -165,7 +167,7 @@ def test_a_merged_model_is_served_as_it_is(servers, processor, tiny_folder, adap
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
 def test_drawn_tokens_come_with_the_chances_they_were_drawn_with(servers, processor, tiny_folder, adapter, temperature):
     model = merged(tiny_folder, adapter)
-    policy = remote.Remote("student", servers, serve.Adapter.of(adapter), processor, temperature, 16)
+    policy = on_vllm.OnVllm("student", servers, vllm.Adapter.of(adapter), processor, temperature, 16)
     turns = [turn for turn, _ in decisions(SHOWN, 12)]
     found = replies(policy, turns)
     for turn, reply in zip(turns, found, strict=True):
@@ -173,15 +175,15 @@ def test_drawn_tokens_come_with_the_chances_they_were_drawn_with(servers, proces
         np.testing.assert_allclose(
             reply.sample.logprobs, logprobs(model, processor, turn, reply, temperature), atol=1e-3
         )
-    again = replies(remote.Remote("student", servers, serve.Adapter.of(adapter), processor, temperature, 16), turns)
+    again = replies(on_vllm.OnVllm("student", servers, vllm.Adapter.of(adapter), processor, temperature, 16), turns)
     assert [reply.sample for reply in again] == [reply.sample for reply in found]
 
 
 def test_the_next_reply_after_an_update_is_the_new_policys(servers, processor, tiny_folder, tmp_path):
     """Never one of a stale prefix cache: the same prompt is asked for before and after."""
     torch.manual_seed(2)
-    trained = get_peft_model(student.load(tiny_folder)[0], LORA)
-    actor = OnVllm(servers, processor, tmp_path)
+    trained = get_peft_model(loading.load(tiny_folder)[0], LORA)
+    sampler = VllmSampler(servers, processor, tmp_path)
     turns = [turn for turn, _ in decisions(SHOWN, 4)] * 2
     known = set(servers[0].adapters())
     spoken, names = [], []
@@ -190,22 +192,22 @@ def test_the_next_reply_after_an_update_is_the_new_policys(servers, processor, t
             for name, weight in trained.named_parameters():
                 if "lora_B" in name and ("visual" in name if version else True):
                     weight.normal_(std=0.1)
-        actor.update(trained, version)
+        sampler.update(trained, version)
         [name] = set(servers[0].adapters()) - known  # the one before has been unloaded
         names.append(name)
-        spoken.append(replies(actor.policy(1.0, 8, 0), turns))
+        spoken.append(replies(sampler.policy(1.0, 8, 0), turns))
         for turn, reply in zip(turns, spoken[-1], strict=True):
             here = logprobs(trained.eval(), processor, turn, reply, 1.0)
             np.testing.assert_allclose(reply.sample.logprobs, here, atol=1e-3)
     assert names[0] != names[1]
     assert [reply.sample.logprobs[0] for reply in spoken[0]] != [reply.sample.logprobs[0] for reply in spoken[1]]
-    actor.close()
+    sampler.close()
     assert set(servers[0].adapters()) == known
 
 
 def test_a_slow_episode_holds_no_other(servers, processor):
     """Episodes go on at their own pace: no turn waits for all."""
-    policy, times = remote.Remote("student", servers, None, processor, 1.0, 4), {}
+    policy, times = on_vllm.OnVllm("student", servers, None, processor, 1.0, 4), {}
 
     class Slow:
         name = "student"
@@ -223,7 +225,7 @@ def test_a_slow_episode_holds_no_other(servers, processor):
             player.reply = reply
             return player
 
-    play(Slow(), range(4), 8, SHOWN)
+    play(Slow(), Spec(range(4), 8, SHOWN))
     assert all(times[seed][-1] < times[0][2] for seed in (1, 2, 3))
 
 
@@ -246,7 +248,7 @@ def top(tiny_folder, adapter, tmp_path_factory) -> Path:
 
 
 def served_by(top: Path, **settings) -> None:
-    tree = {"serve": {"student": "vllm", "program": str(Path(serve._program(SETTINGS)))} | settings}
+    tree = {"vllm": {"use": "always", "program": str(Path(vllm.program(SETTINGS)))} | settings}
     with (top / "compute.yaml").open("w") as file:
         YAML(typ="safe").dump(tree, file)
 
@@ -303,7 +305,7 @@ def test_an_iteration_played_ahead_is_continued_with_the_policy_that_began_it(to
 
 def test_a_server_that_dies_in_the_middle_is_started_again_and_asked_again(servers, processor, adapter, capfd):
     """The last test: its server has no life left afterwards."""
-    policy, asked = remote.Remote("student", servers, serve.Adapter.of(adapter), processor, 1.0, 4), []
+    policy, asked = on_vllm.OnVllm("student", servers, vllm.Adapter.of(adapter), processor, 1.0, 4), []
 
     class Killing:
         name = "student"
@@ -323,7 +325,7 @@ def test_a_server_that_dies_in_the_middle_is_started_again_and_asked_again(serve
             player.reply = reply
             return player
 
-    episodes = play(Killing(), range(4), 10, SHOWN)
+    episodes = play(Killing(), Spec(range(4), 10, SHOWN))
     assert [len(episode.steps) for episode in episodes] == [10] * 4
     assert "starting it again" in capfd.readouterr().err
 

@@ -11,7 +11,7 @@ import pytest
 from browser import Browser
 from sample_report import EVIL, made
 
-from apprentice import report
+from apprentice.results import report
 
 
 @pytest.fixture(scope="module")

@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from closure import ROOT
 
-from apprentice import params, play, report, score, store
+from apprentice import params, play, store
 from apprentice.episode import Reply
 from apprentice.params import Prompt
-from apprentice.policy import Scripted
+from apprentice.pipeline import ROOT
+from apprentice.players.scripted import Scripted
+from apprentice.results import report, score
 
 EVIL = (
     "<script>window.hacked = 1</script>",
@@ -51,12 +52,12 @@ def made(folder: Path) -> dict:
     for name in ("data/benchmark", "data/rl", "metrics/plots", "metrics/times", "metrics/benchmark"):
         (folder / name).mkdir(parents=True)
     settings = params.load(ROOT / "params.yaml")
-    small = {"seeds": SEEDS, "agents": {"expert": params.Player(policy="expert")}, "students": {"sft": "models/sft"}}
+    small = {"seeds": SEEDS, "agents": {"expert": params.Agent(policy="expert")}, "students": {"sft": "models/sft"}}
     settings = settings.model_copy(update={"benchmark": settings.benchmark.model_copy(update=small)})
     sft = Prompt(mode="image", rules=False, history=8)
     episodes = {
-        "expert": play.play(Scripted("expert"), SEEDS, 30, Prompt()),
-        "sft": play.play(_Evil("expert"), SEEDS, 40, sft, agent="sft", explore=0.5),
+        "expert": play.play(Scripted("expert"), play.Spec(SEEDS, 30, Prompt())),
+        "sft": play.play(_Evil("expert"), play.Spec(SEEDS, 40, sft, agent="sft", explore=0.5)),
     }
     for name, played in episodes.items():
         store.write(folder / f"data/benchmark/{name}.parquet", played)

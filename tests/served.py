@@ -5,10 +5,10 @@ from collections.abc import Iterator
 import numpy as np
 
 from apprentice import prompt
-from apprentice.conversation import row
+from apprentice.data.chat_rows import row
 from apprentice.episode import Reply
 from apprentice.params import Prompt
-from apprentice.play import play
+from apprentice.play import Spec, play
 from apprentice.policy import Turn
 from apprentice.world import ACTIONS
 
@@ -31,7 +31,7 @@ def decisions(settings: Prompt, count: int, seed: int = 5) -> Iterator[tuple[Tur
     """
     found = 0
     while found < count:
-        episode = play(_Several(), [seed], 2000, settings)[0]
+        episode = play(_Several(), Spec([seed], 2000, settings))[0]
         for step in episode.steps[: count - found]:
             yield Turn(step.observation, step.history, settings), row(episode, step, settings, rationale=True)
         found, seed = found + len(episode.steps), seed + 1

@@ -14,14 +14,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from closure import ROOT
 from conftest import SHOWN
 
-from apprentice import distributed, params, training
-from apprentice.conversation import row
-from apprentice.dataset import write_jsonl
-from apprentice.play import play
-from apprentice.policy import Scripted
+from apprentice import params
+from apprentice.data.chat_rows import row
+from apprentice.data.dataset import write_jsonl
+from apprentice.pipeline import ROOT
+from apprentice.play import Spec, play
+from apprentice.players.scripted import Scripted
+from apprentice.training import devices, examples
 
 sys.path.append(str(ROOT / "stages"))
 STEPS = 20
@@ -33,7 +34,7 @@ def made(tiny_folder, tmp_path_factory) -> Path:
     """What the stage reads: a base model, and rows whose answers have from 6 to dozens of tokens."""
     top = tmp_path_factory.mktemp("made")
     shutil.copytree(tiny_folder, top / "models/base")
-    episodes = play(Scripted("expert", rationale=True), [3, 4], 90, SHOWN)
+    episodes = play(Scripted("expert", rationale=True), Spec([3, 4], 90, SHOWN))
     for name, episode in zip(KNOWN, episodes, strict=True):
         rows = [row(episode, step, SHOWN, rationale=step.step % 3 == 0) for step in episode.steps]
         write_jsonl(top / f"data/sft/{name}.jsonl", rows[: 90 if name == "train" else 21])
@@ -50,9 +51,9 @@ def train(top: Path, ranks: int, at_once: int, accumulation: int, stage: int, of
     import sft as stage_sft
 
     for name, file in stage_sft.DATA.items():
-        training.survey(file, stage_sft.BASE, KNOWN[name])
+        examples.survey(file, stage_sft.BASE, KNOWN[name])
     arguments = profile, KNOWN, 0, top / "checkpoints", at_once, accumulation
-    distributed.launch(_rank, ranks, *arguments, group=stage > 0)
+    devices.launch(_rank, ranks, *arguments, group=stage > 0)
 
 
 def _rank(*arguments) -> None:

@@ -10,13 +10,14 @@ from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from apprentice import adapter, student
-from apprentice.command import WorkError
-from apprentice.conversation import batch, encode, row
-from apprentice.merge import merge
-from apprentice.params import Architecture, ConfigError, HubStudent, Pretraining, TinyStudent
-from apprentice.play import play
-from apprentice.policy import Scripted
+from apprentice.data.chat_rows import row
+from apprentice.errors import ConfigError, WorkError
+from apprentice.params import Architecture, HubStudent, Pretraining, TinyStudent
+from apprentice.play import Spec, play
+from apprentice.players.scripted import Scripted
+from apprentice.student import adapter, loading
+from apprentice.student.encoding import batch, encode
+from apprentice.student.merge import merge
 
 TINY = TinyStudent(model="tiny", pretraining=Pretraining(seeds="0", steps=1))
 HUB = HubStudent(model="Qwen/Qwen3-VL-2B-Instruct", revision="89644892e4d85e24eaac8bacfd4f463576704203")
@@ -30,7 +31,7 @@ SECTIONS = {
 
 def saved(base, folder, known_as):
     torch.manual_seed(0)
-    model, processor = student.load(base)
+    model, processor = loading.load(base)
     lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
     get_peft_model(model, lora).save_pretrained(folder)
     adapter.complete(folder, processor, known_as, SECTIONS)
@@ -49,7 +50,7 @@ def top(tiny_folder, tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def inputs(tiny):
-    steps = play(Scripted("expert"), [3], 4, SHOWN)[0]
+    steps = play(Scripted("expert"), Spec([3], 4, SHOWN))[0]
     found = batch(tiny[1], [encode(tiny[1], row(steps, step, SHOWN)["messages"]) for step in steps.steps])
     del found["labels"]
     return found
@@ -65,7 +66,7 @@ def test_a_stranger_loads_it_by_what_it_names(top, inputs):
     base = AutoModelForImageTextToText.from_pretrained(named)
     alone = logits(base, inputs)
     assert (logits(PeftModel.from_pretrained(base, "models/sft"), inputs) - alone).abs().max() > 0.1
-    assert AutoProcessor.from_pretrained("models/sft").chat_template == student.TEMPLATE
+    assert AutoProcessor.from_pretrained("models/sft").chat_template == loading.TEMPLATE
 
 
 def test_the_same_training_gives_the_same_bytes(top):
@@ -75,7 +76,7 @@ def test_the_same_training_gives_the_same_bytes(top):
     config = json.loads(file.read_text())
     config["target_modules"] = config["target_modules"][::-1]  # PEFT writes a set
     file.write_text(json.dumps(config))
-    adapter.complete(folder, student.processor("models/base"), TINY, SECTIONS)
+    adapter.complete(folder, loading.processor("models/base"), TINY, SECTIONS)
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
     assert not any(str(top).encode() in content for content in before.values())
 
@@ -107,7 +108,7 @@ def test_an_adapter_of_a_hubs_model_names_it_and_its_revision(top):
 
 def test_an_adapter_of_a_hubs_model_is_trained_on_and_saved_without_the_hub(top, monkeypatch):
     monkeypatch.setattr("peft.utils.save_and_load.check_file_exists_on_hf_hub", None)
-    model, _ = student.load("models/base", saved("models/base", top / "models/hub", HUB), trainable=True)
+    model, _ = loading.load("models/base", saved("models/base", top / "models/hub", HUB), trainable=True)
     model.save_pretrained(top / "models/next")
 
 
@@ -120,7 +121,7 @@ def test_merged_it_answers_as_base_and_adapter_do(top, inputs):
     both = logits(PeftModel.from_pretrained(base, "models/sft"), inputs)
     torch.testing.assert_close(logits(merged, inputs), both, atol=1e-3, rtol=1e-3)
     assert (alone - both).abs().max() > 0.1
-    assert AutoProcessor.from_pretrained("out/merged").chat_template == student.TEMPLATE
+    assert AutoProcessor.from_pretrained("out/merged").chat_template == loading.TEMPLATE
     card = ModelCard.load("out/merged/README.md")
     assert card.data.base_model_relation == "finetune" and DATA in card.content
     assert sorted(file.name for file in (top / "out").iterdir()) == ["merged"]
@@ -147,7 +148,7 @@ def test_nothing_is_overwritten_and_nothing_begun_that_cannot_end(top):
 
 
 def test_an_adapter_of_another_base_is_refused(top, tiny):
-    other, processor = student.build(Architecture(hidden_size=64), tiny[1].tokenizer, 0)
+    other, processor = tiny.build(Architecture(hidden_size=64), tiny[1].tokenizer, 0)
     for part in (other, processor):
         part.save_pretrained("models/other")
     with pytest.raises(WorkError, match=r"don't fit: .*size mismatch.*--base"):
@@ -170,7 +171,7 @@ def test_the_command_says_in_one_line_what_is_wrong(top, arguments, code, says):
 
 
 def test_an_adapter_trained_on_four_bits_is_merged_into_the_base_as_it_was(top, inputs):
-    quantised, processor = student.load("models/base", quantization="nf4")
+    quantised, processor = loading.load("models/base", quantization="nf4")
     lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
     get_peft_model(quantised, lora).save_pretrained("models/qlora")
     adapter.complete(adapter.Path("models/qlora"), processor, TINY, SECTIONS)

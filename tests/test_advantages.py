@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from conftest import SHOWN
 
-from apprentice.advantages import RIDGE, Critic, advantages, anchor, draw, gigpo, grpo, return_to_go
 from apprentice.episode import Reply
 from apprentice.params import Achievement, Reward, Rl
-from apprentice.play import play
-from apprentice.policy import Scripted
-from apprentice.reward import returns, rewards, with_mean
+from apprentice.play import Spec, play
+from apprentice.players.scripted import Scripted
+from apprentice.training.advantages import RIDGE, Critic, advantages, anchor, draw, gigpo, grpo, return_to_go
+from apprentice.training.reward import returns, rewards, with_mean
 from apprentice.world import ACHIEVEMENTS
 
 RL = Rl(
@@ -32,12 +32,12 @@ def but(**changes) -> Rl:
 
 @pytest.fixture(scope="module")
 def group():
-    return [play(Scripted(name), [5], 60, SHOWN)[0] for name in ("expert", "random", "noop")]
+    return [play(Scripted(name), Spec([5], 60, SHOWN))[0] for name in ("expert", "random", "noop")]
 
 
 @pytest.fixture(scope="module")
 def many():
-    return play(Scripted("random"), range(12), 60, SHOWN) + play(Scripted("expert"), range(12), 60, SHOWN)
+    return play(Scripted("random"), Spec(range(12), 60, SHOWN)) + play(Scripted("expert"), Spec(range(12), 60, SHOWN))
 
 
 def earned(episodes, weights=None):
@@ -159,7 +159,8 @@ def test_the_value_function_remembers_earlier_iterations_and_forgets_them_slowly
     critic = Critic()
     fresh = advantages(many[:2], LINEAR)
     advantages(many, LINEAR, critic=critic)
-    again = Critic(critic.sums.copy())
+    again = Critic()
+    again.sums = critic.sums.copy()
     informed = advantages(many[:2], LINEAR, critic=critic)
     assert np.abs(informed[0] - fresh[0]).max() > 1e-3
     for one, other in zip(informed, advantages(many[:2], LINEAR, critic=again), strict=True):
@@ -169,7 +170,7 @@ def test_the_value_function_remembers_earlier_iterations_and_forgets_them_slowly
 
 def test_the_critic_reads_the_hidden_state(many):
     """A state that knows the return, which no other feature does."""
-    from apprentice.local import Sample
+    from apprentice.serving.in_process import Sample
 
     told = []
     for episode, values in zip(many, earned(many), strict=True):

@@ -7,14 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from closure import ROOT
 from endpoint import Server
 from ruamel.yaml import YAML
 
 from apprentice import store
 from apprentice.params import Prompt
-from apprentice.play import play
-from apprentice.policy import Scripted
+from apprentice.pipeline import ROOT
+from apprentice.play import Spec, play
+from apprentice.players.scripted import Scripted
 from apprentice.world import World
 
 SETTINGS = {"seeds": "200000-200001", "max_steps": 6}
@@ -43,7 +43,7 @@ def model(server: Server, **changes) -> dict:
 
 
 def test_balrogs_noop_before_the_first_decision_is_not_counted():
-    (episode,) = play(Scripted("random"), [3], 5, Prompt(), opening=("noop",))
+    (episode,) = play(Scripted("random"), Spec([3], 5, Prompt(), opening=("noop",)))
     world = World(3)
     world.reset()
     first = world.step("noop").observation
@@ -51,7 +51,7 @@ def test_balrogs_noop_before_the_first_decision_is_not_counted():
     assert episode.steps[0].observation.daylight == first.daylight
     assert episode.steps[0].step == 0 and episode.steps[0].history == () and episode.length == 5
     assert episode.steps[-1].done
-    (without,) = play(Scripted("random"), [3], 5, Prompt())
+    (without,) = play(Scripted("random"), Spec([3], 5, Prompt()))
     assert without.steps[0].observation.daylight != first.daylight
 
 

@@ -19,17 +19,19 @@ import time
 from pathlib import Path
 
 import pytest
-from closure import ROOT
 from endpoint import NOOP, Answer, Server, call, completion, playing
 from openai._models import FinalRequestOptions
 from ruamel.yaml import YAML
 
-from apprentice import chat, prices, prompt, store
-from apprentice.client import Client, Completion, Failed
-from apprentice.command import WorkError
+from apprentice import prompt, store
+from apprentice.cache import cache_folder
+from apprentice.endpoint import prices
+from apprentice.endpoint.client import Client, Completion
 from apprentice.episode import Episode
-from apprentice.ledger import cache
-from apprentice.params import ConfigError, Endpoint, Price, Prompt, Teacher
+from apprentice.errors import ConfigError, NoAnswer, WorkError
+from apprentice.params import Endpoint, Price, Prompt, Teacher
+from apprentice.pipeline import ROOT
+from apprentice.players import chat
 
 KEY = "sk-do-not-tell-0123456789"
 ASKED = [{"role": "user", "content": "Which way?"}]
@@ -174,7 +176,7 @@ def test_an_endpoint_that_dies_for_a_minute_is_waited_for():
     with Server(lambda request: playing(request.body, 0.05)) as server:
         port, was = server.port, teacher(server, max_steps=20)
         undisturbed = recorded(was)
-        cache().rename(cache().with_name("undisturbed"))
+        cache_folder().rename(cache_folder().with_name("undisturbed"))
         count = len(server.requests)
         threading.Timer(0.5, server.close).start()
         threading.Timer(3, server.listen, [port]).start()
@@ -212,7 +214,7 @@ def test_what_a_model_does_wrong_costs_a_noop_is_recorded_and_the_episode_goes_o
         assert len(server.requests) == 4
         assert [bool(step.invalid) for step in episode.steps] == [False, True, False, False]
         assert [step.executed for step in episode.steps] == [("move_left",)] + [("noop",)] * 3
-        store.write(cache() / "trace.parquet", [episode])
+        store.write(cache_folder() / "trace.parquet", [episode])
         assert same(recorded(settings, "other code"), [episode])  # from the kept replies
         assert len(server.requests) == 4
     if wrong in ("refusal", "content filter"):
@@ -327,7 +329,7 @@ def test_so_many_episodes_are_under_way_as_concurrency_says_and_none_waits_for_a
 def test_what_is_played_depends_on_nothing_but_the_settings():
     with Server(lambda request: playing(request.body, random.uniform(0, 0.01))) as server:
         alone = recorded(teacher(server, "0-4", 20, "image", concurrency=1))
-        cache().rename(cache().with_name("alone"))
+        cache_folder().rename(cache_folder().with_name("alone"))
         assert same(recorded(teacher(server, "0-4", 20, "image", concurrency=5, timeout=9)), alone)
 
 
@@ -515,7 +517,7 @@ def test_a_full_disk_is_an_error_and_the_ledger_stays_usable(counting, tmp_path)
     in_a_process(_collect_on_a_full_disk, settings, out).join(300)
     message = out.with_suffix(".error").read_text()
     assert "cannot be written" in message and "APPRENTICE_CACHE" in message
-    (path,) = cache().glob("replies/*.sqlite")
+    (path,) = cache_folder().glob("replies/*.sqlite")
     with sqlite3.connect(path) as db:
         assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
         kept = db.execute("SELECT count(*) FROM replies").fetchone()[0]
@@ -556,7 +558,7 @@ def test_a_missing_key_is_told_first_with_the_variable_and_the_teacher(tmp_path)
         assert process.returncode == 2 and not server.requests
         assert "teachers.gpt.endpoint: the environment variable TEST_KEY is not set" in errors
         assert "Traceback" not in errors
-        assert [path.name for path in folder.iterdir()] == ["params.yaml"] and not cache().exists()
+        assert [path.name for path in folder.iterdir()] == ["params.yaml"] and not cache_folder().exists()
         process = command(folder, "gpt", "--status", TEST_KEY="")
         assert "gpt: 0 of 4 episodes done" in process.communicate(timeout=300)[0]
 
@@ -628,6 +630,6 @@ def test_the_key_stands_nowhere(tmp_path):
     (episode,) = store.read(folder / "data/traces/gpt.parquet")
     for step in episode.steps:
         assert (step.reply.message["content"], step.reply.model) == ("Your key is ***.", "***")
-    with pytest.raises(Failed) as raised, Server([Answer(f"Bad {KEY}", 500)]) as server:
+    with pytest.raises(NoAnswer) as raised, Server([Answer(f"Bad {KEY}", 500)]) as server:
         completed(server, max_retries=0)
     assert KEY not in repr(raised.value) and raised.value.__cause__ is None

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from apprentice.dataset import Jsonl, held_out, write_jsonl
+from apprentice.data.dataset import Jsonl, held_out, write_jsonl
 
 ACHIEVEMENTS = {seed: float(seed * 7 % 13) for seed in range(50)}
 ROWS = [{"number": number, "text": "é\u2028\n" * (number % 5), "nested": {"list": [number]}} for number in range(200)]

@@ -10,26 +10,26 @@ from pathlib import Path
 import pytest
 import torch
 
-from apprentice import distributed, training
-from apprentice.command import WorkError
-from apprentice.params import ConfigError, Lora, Sft
+from apprentice.errors import ConfigError, WorkError
+from apprentice.params import Lora, Sft
+from apprentice.training import devices, memory
 
 
 @pytest.mark.parametrize("devices", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize(("batch", "micro"), [(32, 16), (32, 1), (30, 7), (16, 64), (1, 8), (7, 3)])
 def test_a_batch_has_its_size_on_any_number_of_devices(monkeypatch, devices, batch, micro):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: devices)
-    ranks, rows, accumulation = distributed.layout(batch, micro)
+    ranks, rows, accumulation = devices.layout(batch, micro)
     assert ranks * rows * accumulation == batch
     assert ranks <= devices and rows <= micro
 
 
 def test_cores_share_a_batch_that_is_worth_it(monkeypatch):
-    monkeypatch.setattr(distributed, "cores", lambda: 4)
-    assert distributed.layout(64, 64) == (4, 16, 1)
-    assert distributed.layout(16, 64) == (2, 8, 1)
-    assert distributed.layout(8, 64) == (1, 8, 1)
-    assert distributed.layout(64, 64, most=2) == (2, 32, 1)
+    monkeypatch.setattr(devices, "cores", lambda: 4)
+    assert devices.layout(64, 64) == (4, 16, 1)
+    assert devices.layout(16, 64) == (2, 8, 1)
+    assert devices.layout(8, 64) == (1, 8, 1)
+    assert devices.layout(64, 64, most=2) == (2, 32, 1)
 
 
 def add(folder: Path) -> None:
@@ -41,7 +41,7 @@ def add(folder: Path) -> None:
 
 
 def test_ranks_find_each_other(tmp_path):
-    distributed.launch(add, 3, tmp_path)
+    devices.launch(add, 3, tmp_path)
     assert {file.name: file.read_text() for file in tmp_path.iterdir()} == dict.fromkeys("012", "6")
 
 
@@ -56,7 +56,7 @@ def fail() -> None:
 def test_a_rank_that_fails_ends_all_with_its_error():
     began = time.monotonic()
     with pytest.raises(torch.multiprocessing.ProcessRaisedException, match="the disk is made of cheese"):
-        distributed.launch(fail, 2)
+        devices.launch(fail, 2)
     assert time.monotonic() - began < 120
 
 
@@ -68,7 +68,7 @@ def refuse() -> None:
 
 def test_an_error_of_ours_is_said_once_and_keeps_its_exit_code(capfd):
     with pytest.raises(SystemExit) as stopped:
-        distributed.launch(refuse, 2)
+        devices.launch(refuse, 2)
     assert stopped.value.code == 2
     assert capfd.readouterr().err.count("profiles.x is no good") == 1
 
@@ -112,15 +112,15 @@ def fill(gigabytes: int) -> None:
 
 
 def test_full_memory_says_what_helps_first(capfd):
-    relief = training.relief("profiles.x.sft", Sft(micro_batch_size=8))
+    relief = memory.relief("profiles.x.sft", Sft(micro_batch_size=8))
     order = ["micro_batch_size: 4", "gradient_checkpointing: true", "lora.quantization: nf4", "max_length below 2048"]
     order += ["lora.vision: false", "zero.stage: 2", "zero.stage: 3", "zero.offload: true"]
     places = [relief.index(step) for step in order]
     assert places == sorted(places) and "under profiles.x.sft" in relief
     with pytest.raises(WorkError, match=r"memory is full \(.*under profiles.x.sft: micro_batch_size: 4"):
-        distributed.launch(fill, 1, 1 << 20, relief=relief)
+        devices.launch(fill, 1, 1 << 20, relief=relief)
     with pytest.raises(SystemExit) as stopped:
-        distributed.launch(fill, 1, 1 << 20, group=True, relief=relief)
+        devices.launch(fill, 1, 1 << 20, group=True, relief=relief)
     assert stopped.value.code == 1 and "rank 0's memory is full" in capfd.readouterr().err
 
 
@@ -130,12 +130,12 @@ def exhaust() -> None:
 
 def test_a_full_gpu_and_a_killed_rank_end_the_work_and_say_so_too():
     with pytest.raises(WorkError, match=r"CUDA out of memory.*try this"):
-        distributed.launch(exhaust, 1, relief="try this")
+        devices.launch(exhaust, 1, relief="try this")
     with pytest.raises(WorkError, match=r"rank 1 was ended by SIGKILL; .*memory was full. try this"):
-        distributed.launch(die, 2, relief="try this")
+        devices.launch(die, 2, relief="try this")
 
 
 def test_what_is_used_already_is_not_advised():
     used = Sft(micro_batch_size=1, gradient_checkpointing=True, lora=Lora(quantization="nf4", vision=False))
-    relief = training.relief("x", used)
+    relief = memory.relief("x", used)
     assert not any(word in relief for word in ("micro_batch", "checkpointing", "quantization", "vision", "stage: 3"))

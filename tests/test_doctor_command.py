@@ -5,9 +5,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-from closure import ROOT
 from command_line import run, write_params
 from endpoint import Answer, Server
+
+from apprentice.pipeline import ROOT
 
 SECRET = "sk-of-this-test-no-secret"
 

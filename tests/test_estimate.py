@@ -6,11 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from closure import ROOT
 from ruamel.yaml import YAML
 
 from apprentice import params
-from apprentice.estimate import estimate, rates
+from apprentice.cloud.estimate import estimate, rates
+from apprentice.pipeline import ROOT
 
 yaml = YAML(typ="safe")
 GPT = {

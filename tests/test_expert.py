@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from apprentice.expert import Expert
+from apprentice.players.expert import Expert
 from apprentice.world import ACTIONS, ITEMS, TILES, Observation, World
 
 

@@ -8,25 +8,27 @@ import pytest
 from command_line import run
 from datasets import Image, load_dataset
 
-from apprentice import conversation, prompt
-from apprentice.dataset import Jsonl, write_jsonl
+from apprentice import prompt
+from apprentice.data import chat_rows
+from apprentice.data.dataset import Jsonl, write_jsonl
 from apprentice.params import Prompt
-from apprentice.play import play
-from apprentice.policy import Scripted
+from apprentice.play import Spec, play
+from apprentice.players.scripted import Scripted
+from apprentice.world import png
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> Path:
     top = tmp_path_factory.mktemp("source")
-    episodes = play(Scripted("expert", rationale=True), [0, 1], 12, Prompt())
+    episodes = play(Scripted("expert", rationale=True), Spec([0, 1], 12, Prompt()))
     for split, episode, rationale in (("train", episodes[0], False), ("val", episodes[1], True)):
-        rows = [conversation.row(episode, step, Prompt(history=2), rationale) for step in episode.steps]
+        rows = [chat_rows.row(episode, step, Prompt(history=2), rationale) for step in episode.steps]
         rows[3]["messages"][1]["content"][1]["text"] += " <image>"  # as in an import
         write_jsonl(top / f"data/sft/{split}.jsonl", rows)
     return top
 
 
-def png(chat: dict) -> bytes:
+def picture_of(chat: dict) -> bytes:
     return base64.b64decode(chat["messages"][1]["content"][0]["image_url"]["url"].partition(",")[2])
 
 
@@ -51,7 +53,7 @@ def test_the_folder_for_datasets_loads_with_pictures_and_the_same_messages(sourc
     assert data["train"].features["images"].feature == Image()
     for row, chat in zip(data["train"], Jsonl(source / "data/sft/train.jsonl"), strict=True):
         (picture,) = row["images"]
-        assert (prompt.unpng(png(chat)) == picture).all()
+        assert (png.decode(picture_of(chat)) == picture).all()
         assert row["messages"][1]["content"][0] == {"type": "image"}  # and no other key, not even as null
         assert row["messages"][0] == chat["messages"][0] and row["messages"][2] == chat["messages"][2]
         assert row["tools"] == prompt.TOOLS and row["episode_id"] == chat["metadata"]["episode_id"]
@@ -76,7 +78,7 @@ def test_llama_factory_finds_its_files_and_a_picture_for_each_mark(source, tmp_p
         for row, chat in zip(rows, Jsonl(source / f"data/sft/{split}.jsonl"), strict=True):
             human, answer = row[columns["messages"]]
             assert human["from"] == "human" and human["value"].count("<image>") == len(row["images"]) == 1
-            assert (tmp_path / "out" / row["images"][0]).read_bytes() == png(chat)
+            assert (tmp_path / "out" / row["images"][0]).read_bytes() == picture_of(chat)
             assert row["system"] == chat["messages"][0]["content"]
             assert json.loads(row["tools"]) == [prompt.TOOLS[0]["function"]]
             call = {"name": "act", "arguments": {"actions": list(prompt.parse(chat["messages"][2]).actions)}}

@@ -1,52 +1,144 @@
-"""The house rules: floors, declared dependencies, and what a change reruns."""
+"""The house rules: rooms and floors, declared dependencies, and what a change reruns."""
 
-import ast
+import os
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import networkx as nx
 import pytest
-from closure import PACKAGE, ROOT, closure, imports
+from dvc.repo import Repo
 from ruamel.yaml import YAML
+
+from apprentice import fingerprint, pipeline
+from apprentice.fingerprint import PACKAGE, POLICIES, SHAPELESS, code, imports, modules, shaping
+from apprentice.pipeline import ROOT
 
 DVC = [sys.executable, "-m", "dvc"]
 yaml = YAML(typ="safe")
-PIPELINE = yaml.load((ROOT / "dvc.yaml").read_text())["stages"]
-STAGES = {name: stage.get("do", stage) for name, stage in PIPELINE.items()}
-FILES = {name: re.match(r"python (stages/\w+\.py)", stage["cmd"])[1] for name, stage in STAGES.items()}
-NOUNS = {"params", "episode", "world", "game", "picture", "terrain", "compiled", "prompt", "policy", "expert", "ledger"}
-NOUNS |= {"store", "processes", "torchvision_operators", "command", "client", "prices"}
+STAGES = pipeline.stages(yaml.load((ROOT / "dvc.yaml").read_text()))
+FLOORS = {
+    "nouns": "errors schema files cache params compute world episode prompt policy store fingerprint ledger workers "
+    "endpoint stage",
+    "verbs": "play players data student serving training results cloud environment",
+    "faces": "pipeline cli",
+}
+"""The rooms of the package: modules and packages at its top. A room imports only those that stand before it."""
+ROOMS = " ".join(FLOORS.values()).split()
 
 
-def test_imports_go_down_only():
-    for module in PACKAGE.glob("*.py"):
-        if module.stem in NOUNS:
-            assert imports(module) <= NOUNS, module.name
+def room(path: Path) -> str:
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def test_every_room_has_its_floor():
+    assert {room(path) for path in modules()} - {"__init__"} == set(ROOMS) and len(ROOMS) <= 30
+
+
+def test_imports_go_down_only_and_in_no_circle():
+    found = [path for path in modules() if room(path) != "__init__"]
+    assert len(found) > 60  # every module, not those of one level
+    for path in found:
+        for imported in imports(path) - {PACKAGE / "__init__.py"}:
+            assert ROOMS.index(room(imported)) <= ROOMS.index(room(path)), f"{path} imports {imported}"
+
+
+def test_within_a_room_imports_run_in_no_circle():
+    def reached(path: Path, of: str) -> set[Path]:
+        found, waiting = set(), [path]
+        while waiting:
+            new = {one for one in imports(waiting.pop()) if room(one) == of} - found
+            found |= new
+            waiting += new
+        return found
+
+    for path in modules():
+        if path.name != "__init__.py":
+            assert path not in reached(path, room(path)), path
 
 
 def test_no_stage_imports_another():
     for stage in (ROOT / "stages").glob("*.py"):
-        for node in ast.walk(ast.parse(stage.read_text())):
-            if isinstance(node, ast.ImportFrom):
-                assert node.module != "stages" and not (node.module or "").startswith("stages."), stage.name
+        assert not re.search(r"^\s*(from|import) stages\b", stage.read_text(), re.MULTILINE), stage.name
 
 
 def test_only_faces_load_the_parameters():
-    for module in PACKAGE.glob("*.py"):
-        if module.stem != "params":
-            assert "params.load(" not in module.read_text(), module.name
+    for path in modules():
+        if room(path) not in (*FLOORS["faces"].split(), "params"):
+            assert "params.load(" not in path.read_text(), path
 
 
-@pytest.mark.parametrize("name", STAGES)
-def test_a_stage_depends_on_every_file_that_it_imports(name):
-    code = {dep for dep in STAGES[name]["deps"] if dep.endswith(".py")}
-    assert code == {FILES[name]} | closure(ROOT / FILES[name])
+def test_dvc_yaml_has_the_dependencies_that_the_rule_gives():
+    text = (ROOT / "dvc.yaml").read_text()
+    assert pipeline.written(text) == text, "run make deps"
+    assert pipeline.versions() == pipeline.VERSIONS.read_text(), "run make deps"
+    assert len(text.splitlines()) < 250
 
 
-def test_the_report_depends_on_what_it_is_drawn_with():
-    assert {f"src/apprentice/report.{kind}" for kind in ("css", "html", "js")} <= set(STAGES["report"]["deps"])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_player_brings_nothing_that_its_stage_does_not_depend_on(policy):
+    """dvc.yaml names it after the policy; all else has to be there for every policy."""
+    for stage in ("collect", "benchmark"):
+        file = ROOT / f"stages/{stage}.py"
+        assert set(shaping(file, (policy,))[0]) - set(shaping(file)[0]) == {PACKAGE / f"players/{policy}.py"}
+        assert shaping(file, (policy,))[1] == shaping(file)[1]
+
+
+SHAPED = {
+    "collect": {"world/terrain.py", "world/png.py", "play.py", "store.py", "prompt.py"},
+    "split": {"data/chat_rows.py", "data/dataset.py", "prompt.py"},
+    "sft": {"training/sft.py", "training/examples.py", "student/encoding.py", "student/adapter.py"},
+    "rl": {"training/rl.py", "training/self_play.py", "training/advantages.py", "serving/vllm.py", "world/rules.py"},
+    "report": {f"results/report.{kind}" for kind in ("py", "html", "css", "js")} | {"results/published.yaml"},
+}
+NOT_SHAPED = {
+    "collect": {"training/rl.py", "student/loading.py", "results/report.py", "params.py", "players/random.py"},
+    "split": {"world/terrain.py", "student/loading.py", "training/sft.py"},
+    "sft": {"world/terrain.py", "training/rl.py", "results/report.py", "endpoint/prices.yaml", "errors.py"},
+    "rl": {"results/report.js", "endpoint/client.py", "cloud/launch.py", "environment/gymnasium_env.py", "cli/play.py"},
+    "score": {"results/report.py", "training/sft.py"},
+}
+
+
+@pytest.mark.parametrize("name", sorted(SHAPED | NOT_SHAPED))
+def test_what_shapes_a_result(name):
+    files = {
+        str(path.relative_to(PACKAGE))
+        for path in shaping(ROOT / f"stages/{name}.py")[0]
+        if path.is_relative_to(PACKAGE)
+    }
+    assert SHAPED.get(name, set()) <= files
+    assert not NOT_SHAPED.get(name, set()) & files
+
+
+def test_checkpoints_are_lost_to_an_edit_of_what_shapes_them_and_to_no_other(monkeypatch):
+    """Of every file of the package, and of the pinned versions: by the fingerprints that stages name checkpoints by."""
+    edited: list[Path] = []
+    digest = fingerprint.digest
+    monkeypatch.setattr(fingerprint, "digest", lambda path: "edited" if path in edited else digest(path))
+    files = [path for path in PACKAGE.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    for name in ("sft", "rl"):
+        stage, afterwards = ROOT / f"stages/{name}.py", ("student.adapter",)
+        shaped, before = shaping(stage, (), afterwards)[0], code(stage, (), afterwards)
+        assert len(shaped) < len(files) / 2
+        for path in files:
+            edited[:] = [path]
+            assert (code(stage, (), afterwards) != before) == (path in shaped), path
+        edited.clear()
+        monkeypatch.setattr(fingerprint, "version", lambda library: "0" if library == "peft" else "1")
+        one = code(stage, (), afterwards)
+        monkeypatch.setattr(fingerprint, "version", lambda library: "1")
+        assert code(stage, (), afterwards) != one
+        monkeypatch.undo()
+        monkeypatch.setattr(fingerprint, "digest", lambda path: "edited" if path in edited else digest(path))
+
+
+def test_every_name_of_the_rule_is_a_module_or_a_room():
+    names = {fingerprint.name(path) for path in modules()} | {room(path) for path in modules()}
+    assert set(SHAPELESS) <= names | {"serving.vllm_processes"}
 
 
 def test_no_stage_has_a_time_that_another_depends_on():
@@ -63,47 +155,57 @@ def test_every_stage_can_be_restored_from_the_run_cache():
 
 
 @pytest.fixture(scope="module")
-def repository(tmp_path_factory) -> Path:
-    """A throw-away repository with this pipeline; a stage's command only writes new outs."""
+def repository(tmp_path_factory) -> Iterator[Path]:
+    """A throw-away repository with this pipeline. Only `settings` does its work; all others just write new outputs."""
     top = tmp_path_factory.mktemp("repository")
     for name in ("params.yaml", "src", "stages"):
         source = ROOT / name
         ignore = shutil.ignore_patterns("__pycache__", "*.egg-info")
         shutil.copytree(source, top / name, ignore=ignore) if source.is_dir() else shutil.copy(source, top)
-    fake = top / "fake.py"
-    fake.write_text(
-        "import pathlib, sys, uuid\n"
-        "for out in map(pathlib.Path, sys.argv[1:]):\n"
-        "    out.parent.mkdir(parents=True, exist_ok=True)\n"
-        "    out.write_text(str(uuid.uuid4()))\n"
-    )
     (top / "others.jsonl").touch()
-    with_import(top, "others", "others.jsonl")
-    pipeline = yaml.load((ROOT / "dvc.yaml").read_text())
-    for stage in pipeline["stages"].values():
-        stage = stage.get("do", stage)
+    whole = yaml.load((ROOT / "dvc.yaml").read_text())
+    for name, stage in pipeline.stages(whole).items():
         outs = [next(iter(out)) if isinstance(out, dict) else out for out in stage["outs"] + stage.get("metrics", [])]
-        stage["cmd"] = f"{sys.executable} fake.py {' '.join(outs)}"
+        new = "; ".join(
+            f"mkdir -p {Path(out).parent}; cat /proc/sys/kernel/random/uuid > {out}"
+            for out in outs
+            if out != "data/settings"
+        )
+        stage["cmd"] = f"{sys.executable} stages/settings.py; {new}" if name == "settings" else new
     with (top / "dvc.yaml").open("w") as file:
-        yaml.dump({"stages": pipeline["stages"]}, file)
+        yaml.dump({"stages": whole["stages"]}, file)
     subprocess.run(["git", "init", "--quiet", top], check=True)
     subprocess.run([*DVC, "init", "--quiet"], cwd=top, check=True)
-    rerun(top)
-    return top
+    before = Path.cwd()
+    os.chdir(top)
+    set_params(top, "imports.others", {"file": "others.jsonl"})
+    rerun()
+    yield top
+    os.chdir(before)
 
 
-def with_import(top: Path, name: str, file: str) -> None:
-    tree = yaml.load((top / "params.yaml").read_text())
-    tree["imports"][name] = {"file": file}
-    with (top / "params.yaml").open("w") as out:
+def set_params(top: Path, path: str, value) -> None:
+    file = top / "params.yaml"
+    tree = yaml.load(file.read_text())
+    *parents, key = path.split(".")
+    node = tree
+    for parent in parents:
+        node = node[parent]
+    node[key] = value
+    with file.open("w") as out:
         yaml.dump(tree, out)
 
 
-def rerun(top: Path) -> set[str]:
-    """The stages that `dvc repro` runs."""
-    done = subprocess.run([*DVC, "repro"], cwd=top, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return set(re.findall(r"^Running stage '(.+)':$", done.stdout, re.MULTILINE))
+def rerun() -> set[str]:
+    """The stages that `dvc repro` runs here, but for `settings`, which runs whenever params.yaml has changed."""
+    with Repo() as repo:
+        return {stage.addressing for stage in repo.reproduce()} - {"settings"}
+
+
+def stale() -> set[str]:
+    """The stages whose own dependencies have changed, as `dvc status` says."""
+    with Repo() as repo:
+        return set(repo.status())
 
 
 AGENTS = {"benchmark@random", "benchmark@noop", "benchmark@expert"}
@@ -113,11 +215,11 @@ STUDENTS = {"benchmark_student@base", "benchmark_student@sft", "benchmark_studen
 def after(*changed: str) -> set[str]:
     """These stages and all that depend on them."""
     next_ones = {
-        "collect@expert": {"filter"}, "import@others": {"filter"}, "filter": {"split", "score"},
+        "collect@expert": {"filter"}, "import@others": {"filter"}, "filter": {"split", "summary"},
         "split": {"sft", "agreement"},
-        "student": {"sft", "agreement", *STUDENTS}, "sft": {"rl", "agreement", "benchmark_student@sft", "score"},
-        "agreement": {"score"},
-        "rl": {"benchmark_student@rl", "score", "report"}, **{name: {"score"} for name in (*AGENTS, *STUDENTS)},
+        "student": {"sft", "agreement", *STUDENTS}, "sft": {"rl", "agreement", "benchmark_student@sft", "summary"},
+        "agreement": {"summary"}, "score": {"summary"},
+        "rl": {"benchmark_student@rl", "summary", "report"}, **{name: {"score"} for name in (*AGENTS, *STUDENTS)},
     }  # fmt: skip
     found = set(changed)
     for _ in next_ones:
@@ -133,7 +235,7 @@ def after(*changed: str) -> set[str]:
         ("split.random_seed", 43, {"split"}),
         ("profiles.tiny.dtype", "bfloat16", {"sft", "agreement", *STUDENTS}),
         ("profiles.tiny.prompt.history", 3, {"split", "student"}),
-        ("profiles.tiny.sampling.temperature", 0.9, {"rl", "agreement", *STUDENTS}),
+        ("profiles.tiny.sampling.max_tokens", 17, {"rl", "agreement", *STUDENTS}),
         ("profiles.tiny.student.random_seed", 1, {"student"}),
         ("profiles.tiny.sft.learning_rate", 1e-3, {"sft"}),
         ("profiles.tiny.rl.learning_rate", 1e-4, {"rl"}),
@@ -145,67 +247,91 @@ def after(*changed: str) -> set[str]:
     ],
 )
 def test_a_changed_parameter_reruns_what_depends_on_it_and_nothing_else(repository, path, value, stages):
-    file = repository / "params.yaml"
-    tree = yaml.load(file.read_text())
-    *parents, key = path.split(".")
-    node = tree
-    for parent in parents:
-        node = node[parent]
-    node[key] = value
-    with file.open("w") as out:
-        yaml.dump(tree, out)
-    assert rerun(repository) == after(*stages)
+    set_params(repository, path, value)
+    assert rerun() == after(*stages)
 
 
-# Each stage imports some of these; that dvc.yaml has all the others as well is tested above.
-CHANGED = ("world", "chat", "imports", "quality", "pretraining", "sft", "grpo", "local", "score", "report", "compute")
+def test_a_profile_reruns_when_the_one_that_it_extends_changes(repository):
+    set_params(repository, "profile", "tiny_long")
+    rerun()
+    set_params(repository, "profiles.tiny.rl.clip_low", 0.3)
+    assert rerun() == after("rl")
+    set_params(repository, "profiles.tiny.rl.iterations", 3)  # which tiny_long has of its own
+    assert rerun() == set()
+    set_params(repository, "profile", "tiny")
+    rerun()
 
 
-@pytest.mark.parametrize("module", [f"{name}.py" for name in CHANGED])
-def test_a_changed_module_reruns_the_stages_that_import_it_and_nothing_else(repository, module):
-    file = repository / "src" / "apprentice" / module
-    file.write_text(file.read_text() + "\n# changed\n")
-    path = f"src/apprentice/{module}"
-    users = {name for name in STAGES if path in closure(ROOT / FILES[name])}
+FILES = sorted(
+    str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*") if path.is_file() and "__pycache__" not in str(path)
+)
+
+
+def test_a_touched_file_makes_those_stages_stale_whose_result_it_shapes_and_no_other(repository):
+    """Every file of the package, one after the other."""
+    assert stale() == set()
     of_each = {"collect": {"collect@expert"}, "import": {"import@others"}}
     of_each |= {"benchmark": AGENTS, "benchmark_student": STUDENTS}
-    assert rerun(repository) == after(*set().union(*(of_each.get(name, {name}) for name in users)))
+    for name in FILES:
+        path = repository / "src/apprentice" / name
+        original = path.read_bytes()
+        path.write_bytes(original + b"\n# touched\n")
+        expected = set()
+        for stage, tree in STAGES.items():
+            if PACKAGE / name in shaping(pipeline.file_of(tree))[0]:
+                expected |= of_each.get(stage, {stage})
+        for policy in ("expert", "random", "noop"):
+            if name == f"players/{policy}.py":
+                expected |= {f"benchmark@{policy}"} | ({"collect@expert"} if policy == "expert" else set())
+        if name in ("params.py", "schema.py"):
+            expected = {"settings"}
+        assert stale() == expected, name
+        path.write_bytes(original)
+
+
+def test_a_library_that_computes_reruns_what_computes_with_it(repository):
+    path = repository / "src/apprentice/versions.yaml"
+    original = path.read_text()
+    path.write_text(original.replace("peft: '", "peft: '9"))
+    assert stale() == {"student", "sft", "rl", "agreement", *STUDENTS}
+    path.write_text(original)
 
 
 def test_nothing_reruns_when_nothing_changed(repository):
-    assert rerun(repository) == set()
+    assert rerun() == set()
 
 
 def test_another_teacher_runs_alone_and_goes_into_the_filter(repository):
-    file = repository / "params.yaml"
-    tree = yaml.load(file.read_text())
-    tree["teachers"]["monkey"] = {"policy": "random", "seeds": "0-9"}
-    with file.open("w") as out:
-        yaml.dump(tree, out)
-    assert rerun(repository) == {"collect@monkey"} | after("filter")
+    set_params(repository, "teachers.monkey", {"policy": "random", "seeds": "900-909"})
+    assert rerun() == {"collect@monkey"} | after("filter")
 
 
 def test_another_import_is_read_alone_and_goes_into_the_filter(repository):
     (repository / "friends.jsonl").touch()
-    with_import(repository, "friends", "friends.jsonl")
-    assert rerun(repository) == {"import@friends"} | after("filter")
+    set_params(repository, "imports.friends", {"file": "friends.jsonl"})
+    assert rerun() == {"import@friends"} | after("filter")
 
 
 def test_a_changed_file_of_an_import_reruns_that_import(repository):
     (repository / "others.jsonl").write_text("changed")
-    assert rerun(repository) == after("import@others")
+    assert rerun() == after("import@others")
 
 
 def test_another_agent_of_the_benchmark_plays_alone(repository):
-    file = repository / "params.yaml"
-    tree = yaml.load(file.read_text())
-    tree["benchmark"]["agents"]["monkey"] = {"policy": "random"}
-    with file.open("w") as out:
-        yaml.dump(tree, out)
-    assert rerun(repository) == {"benchmark@monkey", "score", "report"}
+    set_params(repository, "benchmark.agents.monkey", {"policy": "random"})
+    assert rerun() == {"benchmark@monkey", "score", "summary", "report"}
 
 
 def test_other_weights_make_nobody_play_but_the_student_that_has_them(repository):
     (repository / "models/rl").write_text("changed")
     subprocess.run([*DVC, "commit", "--force", "rl"], cwd=repository, check=True, capture_output=True)
-    assert rerun(repository) == {"benchmark_student@rl", "score", "report"}
+    assert rerun() == {"benchmark_student@rl", "score", "summary", "report"}
+
+
+def test_the_score_of_agents_alone_trains_no_student(repository):
+    set_params(repository, "benchmark.students", {})
+    with Repo() as repo:
+        graph = repo.index.graph
+        (score,) = (stage for stage in graph if stage.addressing == "score")
+        needed = {stage.addressing for stage in nx.descendants(graph, score)}
+    assert needed == {"settings", "benchmark@monkey", *AGENTS}

@@ -11,16 +11,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from closure import ROOT
 from PIL import Image
 from ruamel.yaml import YAML
 
-from apprentice import conversation, imports, params, prompt, store
-from apprentice.imports import NothingUsable, Report, read
+from apprentice import params, prompt, store
+from apprentice.data import chat_rows, imports
+from apprentice.data.filters import Funnel, select
+from apprentice.data.imports import NothingUsable, Report, read
 from apprentice.params import Filter, Prompt
-from apprentice.play import play
-from apprentice.policy import Scripted
-from apprentice.quality import Funnel, select
+from apprentice.pipeline import ROOT
+from apprentice.play import Spec, play
+from apprentice.players.scripted import Scripted
+from apprentice.student import encoding
+from apprentice.world import png
 
 SHOWN = Prompt(mode="text+image", history=2)
 yaml = YAML(typ="safe")
@@ -29,8 +32,8 @@ yaml = YAML(typ="safe")
 @pytest.fixture(scope="module")
 def rows() -> list[dict]:
     """What `split` exports of three episodes."""
-    episodes = play(Scripted("expert"), range(3), 40, SHOWN)
-    return [conversation.row(episode, step, SHOWN) for episode in episodes for step in episode.steps]
+    episodes = play(Scripted("expert"), Spec(range(3), 40, SHOWN))
+    return [chat_rows.row(episode, step, SHOWN) for episode in episodes for step in episode.steps]
 
 
 def url(width: int = 8, height: int = 8, form: str = "png") -> str:
@@ -70,7 +73,7 @@ def test_what_we_export_comes_back_as_it_was_and_in_order(rows, tmp_path):
     kept = list(select(store.read(tmp_path / "trace.parquet"), Filter(deduplicate=False), Funnel()))
     assert report.lines == {"read": len(rows)}
     assert report.decisions == {"read": len(rows), "kept": len(rows)}
-    again = [conversation.row(episode, step, Prompt()) for episode in kept for step in episode.steps]
+    again = [chat_rows.row(episode, step, Prompt()) for episode in kept for step in episode.steps]
 
     def place(row):
         return row["metadata"]["seed"], row["metadata"]["step"]
@@ -125,7 +128,7 @@ def test_every_assistant_turn_of_a_long_chat_is_a_decision_shown_what_came_right
     ]
     assert [step.asked for step in episode.steps] == [("move_left",), ("do", "do"), ("sleep",)]
     assert [step.step for step in episode.steps] == [0, 1, 3]
-    assert prompt.unpng(episode.steps[1].observation.png).shape == (16, 16, 3)
+    assert png.decode(episode.steps[1].observation.png).shape == (16, 16, 3)
 
 
 def test_what_was_said_before_a_call_is_its_reason_however_it_was_written(tmp_path):
@@ -138,7 +141,7 @@ def test_what_was_said_before_a_call_is_its_reason_however_it_was_written(tmp_pa
     lines = [{"messages": [user("look"), reply]} for reply in replies]
     store.write(tmp_path / "trace.parquet", imported(write(tmp_path / "rows.jsonl", *lines))[0])
     episodes = list(store.read(tmp_path / "trace.parquet"))
-    answers = [conversation.row(e, step, SHOWN, True)["messages"][-1] for e in episodes for step in e.steps]
+    answers = [chat_rows.row(e, step, SHOWN, True)["messages"][-1] for e in episodes for step in e.steps]
     assert answers == [prompt.answer(["noop"], said)] * 2 + [NOOP]
 
 
@@ -150,7 +153,7 @@ def test_pictures_are_encoded_anew(tmp_path):
     assert b"smuggled" in buffer.getvalue()
     data = imported(write(tmp_path / "rows.jsonl", line))[0][0].steps[0].observation.png
     assert b"smuggled" not in data
-    assert (prompt.unpng(data) == (10, 20, 30)).all()
+    assert (png.decode(data) == (10, 20, 30)).all()
 
 
 def _secret():
@@ -395,10 +398,10 @@ def test_imported_rows_with_other_pictures_or_none_train_with_ours(rows, tiny, t
     model, processor = tiny
     others = [{"messages": [user("text"), NOOP]}, {"messages": [user("look", picture(url(40, 24, "jpeg"))), NOOP]}]
     episodes, _ = imported(write(tmp_path / "rows.jsonl", *others))
-    given = [conversation.row(episode, step, Prompt()) for episode in episodes for step in episode.steps]
-    encoded = [conversation.encode(processor, row["messages"]) for row in (rows[0], *given)]
+    given = [chat_rows.row(episode, step, Prompt()) for episode in episodes for step in episode.steps]
+    encoded = [encoding.encode(processor, row["messages"]) for row in (rows[0], *given)]
     with torch.no_grad():
-        loss = model(**conversation.batch(processor, encoded)).loss
+        loss = model(**encoding.batch(processor, encoded)).loss
     assert torch.isfinite(loss)
 
 

@@ -4,22 +4,22 @@ import json
 import os
 import subprocess
 import sys
-from collections import defaultdict
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-from closure import ROOT
 from endpoint import Answer, Server, completion
 from ruamel.yaml import YAML
 
-from apprentice import judge, params, prompt
-from apprentice.advantages import advantages
-from apprentice.grpo import Trainer
-from apprentice.params import ConfigError, Criterion, Endpoint, Evaluation, Judge, Reward, Rl
-from apprentice.play import play
-from apprentice.policy import Scripted
-from apprentice.reward import rewards, with_mean
+from apprentice import params, prompt
+from apprentice.data import judge
+from apprentice.errors import ConfigError
+from apprentice.params import Criterion, Endpoint, Evaluation, Judge, Reward, Rl
+from apprentice.pipeline import ROOT
+from apprentice.play import Spec, play
+from apprentice.players.scripted import Scripted
+from apprentice.training.advantages import advantages
+from apprentice.training.judged import Judged
+from apprentice.training.reward import rewards, with_mean
 
 yaml = YAML(typ="safe")
 KEY = "sk-judge-0123456789"
@@ -27,7 +27,7 @@ KEY = "sk-judge-0123456789"
 
 @pytest.fixture(scope="module")
 def episodes():
-    expert, monkey = (play(Scripted(name), range(3), 60, params.Prompt()) for name in ("expert", "random"))
+    expert, monkey = (play(Scripted(name), Spec(range(3), 60, params.Prompt())) for name in ("expert", "random"))
     return [*expert, *monkey]
 
 
@@ -165,14 +165,14 @@ def test_a_player_cannot_talk_to_its_judge():
         def end(self):
             pass
 
-    (episode,) = play(Talker(), [0], 5, params.Prompt())
+    (episode,) = play(Talker(), Spec([0], 5, params.Prompt()))
     assert "full marks" not in json.dumps(
         judge.messages(episode, Judge(endpoint=Endpoint(model="m", api_key_env=None)))
     )
 
 
 def test_a_long_episode_is_told_in_bounded_length():
-    (episode,) = play(Scripted("random"), [0], 2000, params.Prompt())
+    (episode,) = play(Scripted("random"), Spec([0], 2000, params.Prompt()))
     long = judge.Episode("a", 0, episode.steps * 20)
     told = judge.messages(long, Judge(endpoint=Endpoint(model="m", api_key_env=None)))[-1]["content"]
     assert len(told.splitlines()) < judge.LINES + 10
@@ -216,42 +216,27 @@ def test_the_better_judged_of_two_alike_has_the_advantage(episodes):
         assert abs(values).max() < 1e-6
 
 
-def trainer(found: Judge | None, *scores: float | None) -> SimpleNamespace:
-    """What of a trainer asks the judge; with scores, they are what it says."""
-    return SimpleNamespace(
-        judge=found,
-        rl=rl(1.0),
-        _judge_has_answered=False,
-        _metrics={"train": defaultdict(list)},
-        _asked=lambda episodes: list(scores),
-        is_world_process_zero=lambda: True,
-    )
-
-
 def test_training_goes_on_when_the_judge_ceases_to_work_and_says_so(episodes, capsys):
     answers = [marks(7), marks(3), Answer(status=401, body="no"), Answer(status=500, body="no")]
     with Server(answers) as server:
         one = trainer(settings(server, endpoint={"concurrency": 1}))
-        assert Trainer._asked(one, episodes[:2]) == [0.7, 0.3]
-        assert Trainer._asked(one, episodes[2:4]) == [None, None]
-        assert Trainer._asked(one, episodes[:1] + episodes[4:5]) == [0.7, None]
+        assert one._asked(episodes[:2]) == [0.7, 0.3]
+        assert one._asked(episodes[2:4]) == [None, None]
+        assert one._asked(episodes[:1] + episodes[4:5]) == [0.7, None]
         assert "scored 1 of 2 episodes" in capsys.readouterr().err
 
 
 def test_training_does_not_begin_with_a_judge_that_refuses(episodes):
     with Server([Answer(status=404, body="no such model")]) as server, pytest.raises(ConfigError, match="judge-1"):
-        Trainer._asked(trainer(settings(server)), episodes[:2])
+        Judged(settings(server), 2).scores(episodes[:2])
 
 
 def test_an_episode_without_a_score_takes_its_groups_mean_and_not_anothers(episodes):
-    with Server() as server:
-        one = trainer(settings(server), 0.2, None, 0.8, 0.6)
-        assert Trainer._scores(one, episodes[:4]) == pytest.approx([0.2, 0.2, 0.8, 0.6])
-        assert one._metrics["train"]["judge_missing"] == [0.25]
-
-
-def test_without_a_weight_nobody_is_asked(episodes):
-    assert Trainer._scores(trainer(None, 1.0, 1.0), episodes[:2]) == [0.0, 0.0]
+    one = Judged(Judge(endpoint=Endpoint(model="judge-1", api_key_env=None)), 2)
+    one._asked = lambda episodes: [0.2, None, 0.8, 0.6]
+    scores, log = one.scores(episodes[:4])
+    assert scores == pytest.approx([0.2, 0.2, 0.8, 0.6])
+    assert log == {"judge_missing": 0.25, "judge_score": pytest.approx(1.6 / 3)}
 
 
 # In the filter, and in the configuration.

@@ -9,15 +9,15 @@ from pathlib import Path
 
 import jsonschema
 import pytest
-from closure import ROOT
 from ruamel.yaml import YAML
 from typer.testing import CliRunner
 
-from apprentice import compute, launch, node
+from apprentice import compute
 from apprentice.cli import application
-from apprentice.command import WorkError
-from apprentice.ledger import digest
-from apprentice.params import ConfigError
+from apprentice.cloud import launch, on_machine
+from apprentice.errors import ConfigError, WorkError
+from apprentice.files import digest
+from apprentice.pipeline import ROOT
 
 SCHEMA = ROOT / "tests" / "slurm" / "schema.json"
 """SkyPilot's own, of the version in requirements-sky.lock; `make test-sky` compares it with the program's."""
@@ -249,35 +249,35 @@ def sent(tmp_path: Path, code: str, **told) -> Path:
     return top
 
 
-def on_machine(top: Path) -> tuple[int, dict, str]:
+def ran_there(top: Path) -> tuple[int, dict, str]:
     """The exit code, the record, and the log."""
     done = subprocess.run(
         [sys.executable, "-m", "apprentice.node"], cwd=top, capture_output=True, text=True, timeout=300
     )
     outcome = json.loads((top / ".apprentice" / "outcome.json").read_text())
-    assert json.loads(done.stdout.splitlines()[-1].removeprefix(node.MARK)) == outcome
+    assert json.loads(done.stdout.splitlines()[-1].removeprefix(on_machine.MARK)) == outcome
     return done.returncode, outcome, done.stdout
 
 
 def test_a_machine_records_what_was_made(tmp_path):
     code = "assert os.environ['APPRENTICE_HERE']\nPath('out').mkdir()\nPath('out/a').write_text(sys.argv[1])"
     top = sent(tmp_path, code, arguments=["made"], outs=["out"])
-    code, outcome, _ = on_machine(top)
+    code, outcome, _ = ran_there(top)
     assert code == outcome["exit_code"] == 0
     assert outcome["digests"] == {"out": digest(top / "out")} and (top / "out" / "a").read_text() == "made"
 
 
 @pytest.mark.parametrize("code", [1, 2, 130, 7])
 def test_a_machine_passes_the_stages_own_exit_code_on(tmp_path, code):
-    ended, outcome, said = on_machine(sent(tmp_path, f"print('why', flush=True); sys.exit({code})"))
+    ended, outcome, said = ran_there(sent(tmp_path, f"print('why', flush=True); sys.exit({code})"))
     assert ended == outcome["exit_code"] == code and "why" in said and not outcome["digests"]
 
 
 def test_a_stage_that_costs_too_much_is_stopped(tmp_path):
     code = "try:\n    time.sleep(600)\nexcept KeyboardInterrupt:\n    Path('asked').touch()\n    sys.exit(130)"
     top = sent(tmp_path, code, seconds=3.0)
-    assert on_machine(top)[0] == node.TIME_IS_UP and (top / "asked").exists()
-    assert on_machine(top)[0] == node.TIME_IS_UP, "a rerun on the same machine has no more time"
+    assert ran_there(top)[0] == on_machine.TIME_IS_UP and (top / "asked").exists()
+    assert ran_there(top)[0] == on_machine.TIME_IS_UP, "a rerun on the same machine has no more time"
 
 
 def test_a_broken_output_is_not_taken(checkout, monkeypatch):

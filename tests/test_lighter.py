@@ -9,18 +9,19 @@ import torch
 from conftest import SHOWN
 from trl.trainer.utils import add_fused_lm_head
 
-from apprentice import local
-from apprentice.conversation import batch, encode, encode_all, row
-from apprentice.lighter import lighten
-from apprentice.play import play
-from apprentice.policy import Scripted
-from apprentice.product import product
+from apprentice.data.chat_rows import row
+from apprentice.play import Spec, play
+from apprentice.players.scripted import Scripted
+from apprentice.serving import in_process
+from apprentice.student.encoding import batch, encode, encode_all
+from apprentice.student.narrowing import narrow
+from apprentice.student.onednn import product
 
 
 @pytest.fixture(scope="module")
 def rows(tiny):
     """Decisions of one length, then of several."""
-    episode = play(Scripted("random"), [3], 40, SHOWN)[0]
+    episode = play(Scripted("random"), Spec([3], 40, SHOWN))[0]
     encoded = [encode(tiny[1], row(episode, step, SHOWN)["messages"]) for step in episode.steps]
     sizes = [(len(one.prompt_ids), len(one.answer_ids)) for one in encoded]
     alike = [one for one, size in zip(encoded, sizes, strict=True) if size == max(sizes, key=sizes.count)]
@@ -34,14 +35,14 @@ def pair(tiny):
     plain, light = deepcopy(tiny[0]), deepcopy(tiny[0])
     for model in (plain, light):
         add_fused_lm_head(model, outputs=("log_probs", "entropy"))
-    lighten(light)
+    narrow(light)
     return plain, light
 
 
 @pytest.mark.parametrize("padded", [0, 1])
 def test_replies_are_the_same(tiny, pair, rows, padded):
     asked = [replace(one, answer_ids=[]) for one in rows[padded]]
-    answers = [local.generate(model, tiny[1], asked, np.zeros((len(asked), 10)), 0.0) for model in pair]
+    answers = [in_process.generate(model, tiny[1], asked, np.zeros((len(asked), 10)), 0.0) for model in pair]
     for (ids, chances, hidden), (other_ids, other_chances, other_hidden) in zip(*answers, strict=True):
         assert ids == other_ids
         np.testing.assert_allclose(chances, other_chances, rtol=1e-4)
@@ -92,7 +93,9 @@ def test_chats_that_differ_in_their_words_are_rendered_as_each_would_be_alone(ti
         for answer in ('{"actions": ["noop"]}', "\ue000"):
             messages = chat(said, answer)
             (together,) = encode_all(tiny[1], [messages], [[picture]])
-            text = tiny[1].apply_chat_template(messages, tools=local.prompt.TOOLS, tokenize=False).removesuffix("\n")
+            text = (
+                tiny[1].apply_chat_template(messages, tools=in_process.prompt.TOOLS, tokenize=False).removesuffix("\n")
+            )
             alone = tiny[1].tokenizer(text, add_special_tokens=False)["input_ids"]
             place = alone.index(tiny[1].image_token_id)
             alone[place : place + 1] = [tiny[1].image_token_id] * 81

@@ -9,9 +9,10 @@ import pytest
 from ruamel.yaml import YAML
 
 from apprentice import params
+from apprentice.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent
-STAGES = sorted((ROOT / "stages").glob("*.py"))
+STAGES = sorted(file for file in (ROOT / "stages").glob("*.py") if "params" in file.read_text())
 TEACHER = {"policy": "random", "seeds": "0-4"}
 CHAT = {"policy": "chat", "seeds": "0-4", "prompt": {"mode": "image"}, "endpoint": {"model": "m", "api_key_env": "KEY"}}
 REMOVED = object()
@@ -37,7 +38,7 @@ def changed(folder: Path, **changes) -> Path:
 
 
 def error(folder: Path, **changes) -> str:
-    with pytest.raises(params.ConfigError) as raised:
+    with pytest.raises(ConfigError) as raised:
         params.load(changed(folder, **changes))
     return str(raised.value)
 
@@ -100,7 +101,7 @@ def test_a_seed_named_twice_is_found_at_once_in_a_long_range():
 
 def test_the_checkouts_own_parameters_are_valid():
     settings = params.load(ROOT / "params.yaml")
-    assert settings.student is settings.profiles[settings.profile]
+    assert settings.active is settings.profiles[settings.profile]
     assert set(settings.profiles) >= {"tiny", "qwen2b"}
 
 
@@ -119,7 +120,7 @@ def test_1e_5_without_a_point_is_a_number(tmp_path):
     path = changed(tmp_path, profiles__tiny__rl__learning_rate="LEARNING_RATE")
     path.write_text(path.read_text().replace("LEARNING_RATE", "1e-5"))
     assert "learning_rate: 1e-5" in path.read_text()
-    assert params.load(path).student.rl.learning_rate == 1e-5
+    assert params.load(path).active.rl.learning_rate == 1e-5
 
 
 @pytest.mark.parametrize(
@@ -332,13 +333,13 @@ def test_a_student_that_reads_words_needs_no_images(tmp_path):
 def test_what_is_no_mapping_in_yaml_is_a_configuration_error(tmp_path, written):
     path = tmp_path / "params.yaml"
     path.write_text(written)
-    with pytest.raises(params.ConfigError, match=r"params\.yaml"):
+    with pytest.raises(ConfigError, match=r"params\.yaml"):
         params.load(path)
 
 
 def test_without_a_file_the_error_says_where_to_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(params.ConfigError, match="run from the top of the checkout") as raised:
+    with pytest.raises(ConfigError, match="run from the top of the checkout") as raised:
         params.load()
     assert str(tmp_path) in str(raised.value)
 
@@ -346,7 +347,7 @@ def test_without_a_file_the_error_says_where_to_run(tmp_path, monkeypatch):
 @pytest.mark.parametrize("file", STAGES, ids=lambda file: file.stem)
 def test_a_stage_ends_with_code_2_before_it_touches_anything(tmp_path, file):
     changed(tmp_path, benchmark__seeds="9-5")
-    arguments = ["expert"] if file.stem in ("collect", "import", "benchmark") else []
+    arguments = ["expert"] if file.stem in ("collect", "import", "benchmark", "benchmark_student") else []
     ended = stage(file, *arguments, folder=tmp_path)
     assert ended.returncode == 2, ended.stderr
     assert "params.yaml: benchmark.seeds: the range 9-5 runs backwards" in ended.stderr

@@ -11,10 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
-from closure import ROOT
 from ruamel.yaml import YAML
 
 from apprentice import store
+from apprentice.pipeline import ROOT
 
 yaml = YAML(typ="safe")
 yaml.sort_base_mapping_type_on_output = False

@@ -18,13 +18,16 @@ import pyarrow.parquet as pq
 import pytest
 
 from apprentice import prompt, store, world
+from apprentice.cache import cache_folder
 from apprentice.episode import HISTORY, Episode, Reply
-from apprentice.ledger import PLACES, Ledger, cache, code, digest, fingerprint
+from apprentice.files import digest
+from apprentice.fingerprint import fingerprint
+from apprentice.ledger import Ledger
 from apprentice.params import Prompt
-from apprentice.play import play, record
-from apprentice.policy import Scripted
-from apprentice.processes import in_processes
-from apprentice.world import ACHIEVEMENTS, ACTIONS, World
+from apprentice.play import Spec, play, record
+from apprentice.players.scripted import Scripted
+from apprentice.workers import in_processes
+from apprentice.world import ACHIEVEMENTS, ACTIONS, World, png
 
 SHOWN = Prompt(max_actions=20, history=2)
 NONSENSE = Reply({"role": "assistant", "content": "I would rather not."}, "stop", "grumpy", 7, 5)
@@ -75,7 +78,7 @@ def begun(folder: Path) -> list[int]:
 
 
 def one(policy, seed: int = 0, max_steps: int = 10, settings: Prompt = SHOWN, **options) -> Episode:
-    return play(policy, [seed], max_steps, settings, **options)[0]
+    return play(policy, Spec([seed], max_steps, settings, **options))[0]
 
 
 def plain(value):
@@ -188,7 +191,7 @@ def test_death_ends_the_episode():
 
 
 def test_exploration_replaces_its_share_and_keeps_what_was_asked_for():
-    episodes = play(Scripted("noop"), range(4), 100, SHOWN, explore=0.4)
+    episodes = play(Scripted("noop"), Spec(range(4), 100, SHOWN, explore=0.4))
     steps = [step for episode in episodes for step in episode.steps]
     assert len(steps) > 300
     assert {step.asked for step in steps} == {("noop",)}
@@ -239,7 +242,7 @@ def test_a_player_is_ended_once_also_when_it_fails():
 
 
 def test_episodes_come_in_the_order_of_the_seeds_and_are_as_if_played_alone():
-    together = play(Scripted("random"), [5, 2, 5], 20, SHOWN, agent="r")
+    together = play(Scripted("random"), Spec([5, 2, 5], 20, SHOWN, agent="r"))
     assert [episode.seed for episode in together] == [5, 2, 5]
     alone = [one(Scripted("random"), seed, 20, agent="r") for seed in (5, 2, 5)]
     assert list(map(plain, together)) == list(map(plain, alone))
@@ -260,7 +263,7 @@ def test_episodes_survive_in_a_file_exactly(tmp_path):
 
 def test_the_png_of_an_observation_from_a_file_is_its_picture():
     for step in store.from_bytes(store.to_bytes(varied()[0])).steps:
-        np.testing.assert_array_equal(prompt.unpng(step.observation.png), step.observation.image)
+        np.testing.assert_array_equal(png.decode(step.observation.png), step.observation.image)
 
 
 def test_the_same_episodes_give_the_same_file(tmp_path):
@@ -364,8 +367,8 @@ def test_two_processes_that_write_one_ledger_lose_nothing():
 
 
 def test_a_ledger_that_another_process_is_just_making_is_waited_for():
-    (cache() / "episodes").mkdir(parents=True)
-    other = sqlite3.connect(cache() / "episodes" / "new.sqlite", isolation_level=None, check_same_thread=False)
+    (cache_folder() / "episodes").mkdir(parents=True)
+    other = sqlite3.connect(cache_folder() / "episodes" / "new.sqlite", isolation_level=None, check_same_thread=False)
     other.execute("BEGIN IMMEDIATE")
     made = threading.Timer(0.5, other.execute, ["COMMIT"])
     made.start()
@@ -411,7 +414,9 @@ def test_only_what_is_missing_is_played_and_more_seeds_only_add(tmp_path):
     folder.mkdir()
 
     def recorded(seeds) -> list[Episode]:
-        return list(map(store.from_bytes, record(Counted, (str(folder),), seeds, 4, SHOWN, fingerprint="f", agent="c")))
+        return list(
+            map(store.from_bytes, record(Counted, (str(folder),), Spec(seeds, 4, SHOWN, fingerprint="f", agent="c")))
+        )
 
     three = recorded([8, 2, 5])
     assert [episode.seed for episode in three] == [8, 2, 5]
@@ -433,7 +438,7 @@ def test_episodes_played_together_are_played_again_in_other_company(tmp_path):
     folder.mkdir()
 
     def recorded(seeds) -> list[int]:
-        episodes = record(Counted, (str(folder),), seeds, 2, SHOWN, fingerprint="f", agent="c", together=2)
+        episodes = record(Counted, (str(folder),), Spec(seeds, 2, SHOWN, fingerprint="f", agent="c", together=2))
         return [store.from_bytes(data).seed for data in episodes]
 
     assert recorded([1, 2, 3]) == [1, 2, 3]
@@ -484,7 +489,7 @@ def test_workers_end_when_their_results_are_no_longer_wanted():
 ORPHANS = """
 import sys, time
 from pathlib import Path
-from apprentice.processes import in_processes
+from apprentice.workers import in_processes
 
 def nap(folder, number):
     (Path(folder) / str(number)).touch()
@@ -527,14 +532,3 @@ def test_workers_end_when_their_parent_is_killed(tmp_path):
         parent.wait()
         for child in filter(alive, children):
             os.kill(child, signal.SIGKILL)
-
-
-def test_an_edit_of_a_stage_gives_another_fingerprint(tmp_path):
-    stage = tmp_path / "stage.py"
-    stage.write_text("one")
-    before = code(str(stage))
-    assert code(str(stage)) == before
-    stage.write_text("two")
-    assert code(str(stage)) != before
-    library = {file.stem for file in Path(store.__file__).parent.glob("*.py")}
-    assert len(before.split()) == 1 + len(library - PLACES)

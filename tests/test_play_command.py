@@ -17,8 +17,8 @@ from PIL import Image
 
 from apprentice.cli import screen, watch
 from apprentice.params import Prompt
-from apprentice.play import play
-from apprentice.policy import Scripted
+from apprentice.play import Spec, play
+from apprentice.players.scripted import Scripted
 
 COMMAND = [sys.executable, "-c", "from apprentice.cli import main; main()"]
 
@@ -32,7 +32,7 @@ def folder(tmp_path) -> Path:
 def test_an_episode_ends_as_the_same_one_in_the_pipeline(folder):
     done = run(folder, "play", "expert", "--json")
     assert done.returncode == 0, done.stderr
-    (episode,) = play(Scripted("expert"), [200200], 30, Prompt())
+    (episode,) = play(Scripted("expert"), Spec([200200], 30, Prompt()))
     assert json.loads(done.stdout) == {
         "agent": "expert",
         "seed": 200200,
@@ -49,7 +49,7 @@ def test_a_film_has_a_frame_for_each_step(folder):
     with Image.open(folder / "a.gif") as film:
         assert film.n_frames == 13
         first = np.asarray(film.convert("RGB"))
-    (episode,) = play(Scripted("random"), [3], 12, Prompt())
+    (episode,) = play(Scripted("random"), Spec([3], 12, Prompt()))
     shown = next(watch.moments(episode, 288)).image
     assert np.abs(first[:288].astype(int) - shown).mean() < 8  # GIF has 256 colours
     assert first[288:].max() == 255  # words below
@@ -137,7 +137,7 @@ def test_by_hand_the_keys_are_crafters(folder):
 
 
 def test_a_moment_is_what_the_world_shows_at_that_step():
-    (episode,) = play(Scripted("expert"), [5], 40, Prompt())
+    (episode,) = play(Scripted("expert"), Spec([5], 40, Prompt()))
     seen = list(watch.moments(episode, 72))
     assert [moment.steps for moment in seen] == list(range(41))
     for moment, step in zip(seen, episode.steps, strict=False):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from apprentice import prompt
 from apprentice.params import Prompt
-from apprentice.world import ACTIONS, ITEMS, TILES, VITALS, Observation, World
+from apprentice.world import ACTIONS, ITEMS, TILES, VITALS, Observation, World, png
 
 
 def called(arguments, name="act") -> dict:
@@ -223,7 +223,7 @@ def test_the_picture_shown_is_the_observations_enlarged_exactly(observation, sca
     _, user = prompt.messages(observation, Prompt(scale=scale))
     head, data = user["content"][0]["image_url"]["url"].split(",")
     assert head == "data:image/png;base64"
-    shown = prompt.unpng(base64.b64decode(data))
+    shown = png.decode(base64.b64decode(data))
     side = len(observation.image)
     assert shown.shape == (scale * side, scale * side, 3)
     for dx in range(scale):

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from apprentice import prompt
+from apprentice.data.filters import Funnel, NothingLeft, select
 from apprentice.episode import Episode, Reply
 from apprentice.params import Filter, Prompt
-from apprentice.play import play
-from apprentice.quality import Funnel, NothingLeft, select
+from apprentice.play import Spec, play
 from apprentice.world import World
 
 OFF = Filter(
@@ -50,7 +50,7 @@ class Script:
 
 def played(actions: Iterable[str], seed: int = 0, mode: str = "image") -> Episode:
     actions = tuple(actions)
-    return play(Script(actions), [seed], len(actions), Prompt(mode=mode))[0]
+    return play(Script(actions), Spec([seed], len(actions), Prompt(mode=mode)))[0]
 
 
 def filtered(episodes: Iterable[Episode], **settings) -> tuple[list[Episode], Funnel]:
@@ -129,7 +129,7 @@ def test_steps_are_environment_steps_not_decisions():
         async def reply(self, turn) -> Reply:
             return Reply(prompt.answer(["noop", "noop"]))
 
-    episode = play(Pair(()), [0], 8, Prompt(max_actions=2))[0]
+    episode = play(Pair(()), Spec([0], 8, Prompt(max_actions=2)))[0]
     assert len(episode.steps) == 4
     assert filtered([episode], min_steps_per_episode=8)[0]
     assert filtered([episode, played(["noop"])], max_steps_per_episode=7)[1].episodes["max_steps_per_episode"] == 1

@@ -7,12 +7,12 @@ import re
 
 import numpy as np
 import pytest
-from closure import ROOT
 from PIL import Image
 from sample_report import EVIL, made, recorded
 
-from apprentice import prompt, report
-from apprentice.world import ACHIEVEMENTS
+from apprentice.pipeline import ROOT
+from apprentice.results import report
+from apprentice.world import ACHIEVEMENTS, png
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def test_the_same_data_gives_the_same_page(data, tmp_path):
 def test_a_sheet_holds_its_pictures_without_loss():
     generator = np.random.default_rng(0)
     pictures = [generator.integers(256, size=(72, 72, 3), dtype=np.uint8) for _ in range(3)]
-    sheet = np.asarray(Image.open(io.BytesIO(report.sheet([prompt.png(one) for one in pictures]))))
+    sheet = np.asarray(Image.open(io.BytesIO(report.sheet([png.encode(one) for one in pictures]))))
     assert (sheet == np.concatenate(pictures)).all()
 
 
@@ -75,7 +75,7 @@ def test_every_decision_of_a_replay_is_as_it_was_recorded(data, folder):
         pictures = [row["image"]["bytes"] for row in rows]
         sheet = np.asarray(Image.open(io.BytesIO(base64.b64decode(data["replays"]["sheets"][episode["sheets"][0]]))))
         at = 72 * columns["picture"][-1]
-        assert (sheet[at : at + 72] == prompt.unpng(pictures[-1])).all()
+        assert (sheet[at : at + 72] == png.decode(pictures[-1])).all()
 
 
 def test_replays_are_of_the_median_the_best_and_the_worst_world_of_the_last_agent(data):

@@ -15,17 +15,18 @@ from conftest import SHOWN
 from safetensors.torch import load_file
 from test_pipeline import SMALL, checkout, environment
 
-from apprentice import rollouts, store
-from apprentice.conversation import batch
+from apprentice import store
 from apprentice.ledger import Ledger
-from apprentice.local import Local
+from apprentice.serving.in_process import InProcess
+from apprentice.student.encoding import batch
+from apprentice.training import rollouts
 
 SEEDS = [1, 1, 2, 2, 3, 3]
 
 
 def share(tiny, ledger: Ledger, rank: int = 0, ranks: int = 1, remote: bool = False) -> dict:
     def policy(place: int):
-        local = Local("student", *tiny, 1.0, 4, random_seed=place)
+        local = InProcess("student", *tiny, 1.0, 4, random_seed=place)
         return Remote(local) if remote else local
 
     return rollouts.play_share(policy, SEEDS, 3, SHOWN, ledger, "x", 2, rank, ranks)
@@ -36,7 +37,7 @@ class Remote:
 
     name = "student"
 
-    def __init__(self, local: Local):
+    def __init__(self, local: InProcess):
         self._local = local
 
     def begin(self, seed: int):
@@ -115,12 +116,12 @@ def adapted(tiny_folder, tmp_path_factory) -> Path:
     """models/base and models/sft of an untrained student."""
     from peft import LoraConfig, get_peft_model
 
-    from apprentice import student
+    from apprentice.student import loading
 
     models = tmp_path_factory.mktemp("adapted") / "models"
     shutil.copytree(tiny_folder, models / "base")
     torch.manual_seed(0)
-    model, _ = student.load(models / "base")
+    model, _ = loading.load(models / "base")
     get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", exclude_modules=".*visual.*")).save_pretrained(
         models / "sft"
     )

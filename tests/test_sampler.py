@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from apprentice.grpo import Trainer
 from apprentice.params import Evaluation, Rl
+from apprentice.training.rl import RlTrainer
 
 SAMPLED = torch.log(torch.tensor([[0.5, 0.5], [0.1, 0.5], [0.5, 0.1]]))
 OWN = torch.log(torch.tensor([[0.5, 0.25], [0.5, 0.5], [0.6, 0.9]]))
@@ -26,7 +26,7 @@ def corrected(mode: str) -> dict:
     )
     trainer = SimpleNamespace(rl=settings, _logprobs_under=lambda adapter, rows: OWN)
     rows = {"old_per_token_logps": SAMPLED, "completion_mask": MASK, "advantages": torch.tensor([1.0, 1.0, -2.0])}
-    return Trainer._corrected(trainer, rows)
+    return RlTrainer._corrected(trainer, rows)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 
 from apprentice.episode import Episode, Reply, Step
 from apprentice.prompt import answer
-from apprentice.score import Summary, compare, compare_all, interval, intervals, score, summary, warnings
+from apprentice.results.score import Summary, compare, compare_all, interval, intervals, score, summary, warnings
 from apprentice.world import ACHIEVEMENTS, World
 
 SAMPLES = 500
@@ -136,10 +136,10 @@ def test_only_seeds_that_both_have_played_count():
 def test_the_score_from_a_files_columns_is_that_of_its_episodes(tmp_path):
     from apprentice import play, store
     from apprentice.params import Prompt
-    from apprentice.policy import Scripted
-    from apprentice.score import summaries
+    from apprentice.players.scripted import Scripted
+    from apprentice.results.score import summaries
 
-    episodes = play.play(Scripted("random"), [1, 2], 40, Prompt())
+    episodes = play.play(Scripted("random"), play.Spec([1, 2], 40, Prompt()))
     store.write(tmp_path / "random.parquet", episodes)
     columns = ["seed", "step", "unlocked", "reward", "executed", "invalid"]
     assert summaries(store.columns(tmp_path / "random.parquet", columns)) == [summary(one) for one in episodes]

@@ -12,11 +12,10 @@ from pathlib import Path
 import httpx2
 import pytest
 
-from apprentice import serve
-from apprentice.command import WorkError
-from apprentice.compute import Serve
-from apprentice.params import ConfigError
-from apprentice.serve import Plan, Servers, plan
+from apprentice.compute import Vllm
+from apprentice.errors import ConfigError, WorkError
+from apprentice.serving import vllm
+from apprentice.serving.vllm import Plan, Servers, plan
 
 PROGRAM = """#!{python}
 import json, os, subprocess, sys
@@ -58,11 +57,11 @@ def program(tmp_path) -> str:
 
 
 def running(program: str, **settings) -> Servers:
-    found = Serve(student="vllm", program=program, start_timeout=60.0, **settings)
+    found = Vllm(use="always", program=program, start_timeout=60.0, **settings)
     return Servers(plan(found, [], training=False), found, Path("models/base"), "float32", [])
 
 
-def started(server: serve.Server) -> list[list[str]]:
+def started(server: vllm.Server) -> list[list[str]]:
     """For each start: server's pid, engine's pid, GPUs."""
     lines = Path(server.log).read_text().splitlines()
     return [line.split()[1:] for line in lines if line.startswith("started")]
@@ -88,37 +87,37 @@ def gone(pids: list[str]) -> bool:
         ({}, [], True, Plan(())),
         ({}, ["0", "1"], True, Plan(("0", "1"), None, sleeps=True)),
         ({}, ["0", "1"], False, Plan(("0", "1"))),
-        ({"student": "in_process"}, ["0"], True, Plan(())),
-        ({"student": "vllm"}, [], True, Plan((None,))),
+        ({"use": "never"}, ["0"], True, Plan(())),
+        ({"use": "always"}, [], True, Plan((None,))),
         ({"gpus": [0, 1]}, ["4", "5", "6", "7"], True, Plan(("4", "5"), ("6", "7"))),
         ({"gpus": [0, 1]}, ["4", "5", "6", "7"], False, Plan(("4", "5"))),
-        ({"student": "vllm", "endpoints": ["http://127.0.0.1:1", "http://127.0.0.1:2"]}, [], True, Plan((None, None))),
+        ({"use": "always", "endpoints": ["http://127.0.0.1:1", "http://127.0.0.1:2"]}, [], True, Plan((None, None))),
     ],
 )
 def test_servers_and_trainer_share_the_gpus(program, settings, gpus, training, expected):
-    assert plan(Serve(program=program, **settings), gpus, training) == expected
+    assert plan(Vllm(program=program, **settings), gpus, training) == expected
 
 
 def test_without_vllm_gpus_still_play_in_process(tmp_path):
-    assert plan(Serve(program=str(tmp_path / "none")), ["0"], training=True) == Plan(())
+    assert plan(Vllm(program=str(tmp_path / "none")), ["0"], training=True) == Plan(())
 
 
 @pytest.mark.parametrize(
     ("settings", "gpus", "said"),
     [
-        ({"student": "vllm", "program": "/nowhere/vllm"}, [], "make vllm"),
-        ({"gpus": [0, 3]}, ["0", "1"], r"serve.gpus names \[3\]"),
+        ({"use": "always", "program": "/nowhere/vllm"}, [], "make vllm"),
+        ({"gpus": [0, 3]}, ["0", "1"], r"vllm.gpus names \[3\]"),
         ({"gpus": [0, 1]}, ["0", "1"], "leaves no GPU to train on"),
     ],
 )
 def test_what_cannot_be_is_said_before_any_work(program, settings, gpus, said):
     with pytest.raises(ConfigError, match=said):
-        plan(Serve(**{"program": program} | settings), gpus, training=True)
+        plan(Vllm(**{"program": program} | settings), gpus, training=True)
 
 
 @pytest.mark.parametrize(("sleeps", "memory"), [(False, None), (True, 0.45), (False, 0.9)])
 def test_a_server_is_started_with_the_flags_that_this_needs(sleeps, memory):
-    found = serve.command("vllm", Path("models/base"), "http://127.0.0.1:8123", "bfloat16", 9, memory, sleeps)
+    found = vllm.command("vllm", Path("models/base"), "http://127.0.0.1:8123", "bfloat16", 9, memory, sleeps)
     assert found[:3] == ["vllm", "serve", "models/base"]
     values = dict(zip(found, found[1:], strict=False))
     assert (values["--host"], values["--port"], values["--max-lora-rank"]) == ("127.0.0.1", "8123", "16")
@@ -137,7 +136,7 @@ def test_a_server_is_started_with_the_flags_that_this_needs(sleeps, memory):
 
 
 def test_each_gpu_has_a_server_of_its_own_and_all_end_with_the_block(program):
-    found = Serve(program=program, gpus=(0, 1), start_timeout=60.0)
+    found = Vllm(program=program, gpus=(0, 1), start_timeout=60.0)
     with Servers(plan(found, ["6", "7"], training=False), found, Path("models/base"), "bfloat16", []) as students:
         begun = [line for server in students.servers for line in started(server)]
         assert [gpus for *_, gpus in begun] == ["6", "7"]
@@ -155,7 +154,7 @@ def test_a_server_that_does_not_get_ready_is_given_up(tmp_path):
     sleeper = tmp_path / "vllm"
     sleeper.write_text(f"#!{sys.executable}\nimport time\nprint('loading', flush=True)\ntime.sleep(1000)")
     sleeper.chmod(0o755)
-    found = Serve(student="vllm", program=str(sleeper), start_timeout=1.0)
+    found = Vllm(use="always", program=str(sleeper), start_timeout=1.0)
     with (
         pytest.raises(WorkError, match=r"(?s)not ready after 1 s.*loading"),
         Servers(Plan((None,)), found, Path("models/base"), "float32", []),
@@ -186,7 +185,7 @@ def test_no_server_outlives_a_killed_parent(program, tmp_path):
     )
     environment = os.environ | {"APPRENTICE_CACHE": str(tmp_path), "PYTHONPATH": str(Path(__file__).parent)}
     parent = subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True)
-    [pids] = started(serve.Server("", parent.stdout.readline().strip()))
+    [pids] = started(vllm.Server("", parent.stdout.readline().strip()))
     assert all(map(alive, pids[:2]))
     parent.kill()
     assert gone(pids[:2])
@@ -195,9 +194,9 @@ def test_no_server_outlives_a_killed_parent(program, tmp_path):
 
 def test_an_adapter_is_called_by_its_weights_and_loaded_once(program, tmp_path):
     (tmp_path / "adapter_model.safetensors").write_bytes(b"one")
-    one = serve.Adapter.of(tmp_path)
+    one = vllm.Adapter.of(tmp_path)
     (tmp_path / "adapter_model.safetensors").write_bytes(b"two")
-    assert serve.Adapter.of(tmp_path).name != one.name
+    assert vllm.Adapter.of(tmp_path).name != one.name
     with running(program) as students:
         server = students.servers[0]
         for _ in range(2):
@@ -205,7 +204,7 @@ def test_an_adapter_is_called_by_its_weights_and_loaded_once(program, tmp_path):
         assert server.adapters() == [one.name]
         server.unload(one.name)
         assert server.adapters() == []
-        running_already = Serve(student="vllm", endpoints=[server.url])
+        running_already = Vllm(use="always", endpoints=[server.url])
         with Servers(plan(running_already, [], training=True), running_already, tmp_path, "float32", []) as named:
             assert [known.url for known in named.servers] == [server.url]
         assert httpx2.get(f"{server.url}/health").status_code == 200  # not ours to end

@@ -23,12 +23,11 @@ from endpoint import Answer, Server, call, completion, playing
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
-from apprentice import prompt
 from apprentice.environment import openenv_server
 from apprentice.params import Prompt
-from apprentice.play import play
-from apprentice.policy import Scripted
-from apprentice.world import ACTIONS, World
+from apprentice.play import Spec, play
+from apprentice.players.scripted import Scripted
+from apprentice.world import ACTIONS, World, png
 
 KEY = "a key of this test, no secret".replace(" ", "-")
 
@@ -74,7 +73,7 @@ async def ask(socket, kind: str, **data) -> dict:
 
 
 def picture(answer: dict) -> np.ndarray:
-    return prompt.unpng(base64.b64decode(answer["observation"]["image"]))
+    return png.decode(base64.b64decode(answer["observation"]["image"]))
 
 
 def test_health_and_info_say_what_there_is(server):
@@ -298,10 +297,10 @@ def test_killed_and_started_again_it_says_what_became_of_the_sessions(tmp_path):
 def test_a_rollout_is_the_episode_that_the_pipeline_plays(server):
     url, _ = server
     trace = httpx2.post(f"{url}/rollout", json={"policy": "expert", "seed": 9, "max_steps": 25}, timeout=60).json()
-    (episode,) = play(Scripted("expert"), [9], 25, Prompt())
+    (episode,) = play(Scripted("expert"), Spec([9], 25, Prompt()))
     assert trace["achievements"] == list(episode.unlocked) and trace["reward"] == pytest.approx(episode.reward)
     assert [row["executed"] for row in trace["decisions"]] == [list(step.executed) for step in episode.steps]
-    first = prompt.unpng(base64.b64decode(trace["decisions"][0]["image"]))
+    first = png.decode(base64.b64decode(trace["decisions"][0]["image"]))
     assert (first == episode.steps[0].observation.image).all()
     assert (
         "image"

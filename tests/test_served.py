@@ -11,9 +11,13 @@ from PIL import Image
 from served import KINDS, decisions
 from transformers import AutoProcessor
 
-from apprentice import local, prompt, student, training
-from apprentice.conversation import encode, pictures
-from apprentice.dataset import write_jsonl
+from apprentice import prompt
+from apprentice.data.dataset import write_jsonl
+from apprentice.serving import in_process
+from apprentice.student import loading
+from apprentice.student.encoding import encode, pictures
+from apprentice.training import examples
+from apprentice.world import png
 
 COUNT = 100
 
@@ -26,8 +30,8 @@ def pairs(request, tiny_folder, tmp_path_factory):
     write_jsonl(file, (row for _, row in found))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("APPRENTICE_CACHE", str(file.parent / "cache"))
-        survey = training.survey(file, tiny_folder, "served")
-    rows = training.Rows(file, student.processor(tiny_folder), survey.places, range(COUNT))
+        survey = examples.survey(file, tiny_folder, "served")
+    rows = examples.Rows(file, loading.processor(tiny_folder), survey.places, range(COUNT))
     trained = rows.dataset[:]["encoded"]
     return [
         (turn, json.loads(line), encoded)
@@ -39,7 +43,7 @@ def pairs(request, tiny_folder, tmp_path_factory):
 def processor(tiny_folder, tmp_path_factory):
     """As it lies in an adapter's folder."""
     folder = tmp_path_factory.mktemp("adapter")
-    student.processor(tiny_folder).save_pretrained(folder)
+    loading.processor(tiny_folder).save_pretrained(folder)
     return AutoProcessor.from_pretrained(folder)
 
 
@@ -53,9 +57,9 @@ def test_the_decisions_are_of_every_kind(pairs):
 
 
 def test_in_process_generation_is_given_what_training_is(pairs, tiny_folder):
-    processor = student.processor(tiny_folder)
+    processor = loading.processor(tiny_folder)
     for turn, _, trained in pairs:
-        asked = local.shown(processor, [turn])[0]
+        asked = in_process.shown(processor, [turn])[0]
         assert asked.prompt_ids == trained.prompt_ids and asked.answer_ids == []
         _same(asked.pixel_values, trained.pixel_values)
         _same(asked.image_grid_thw, trained.image_grid_thw)
@@ -113,7 +117,7 @@ def as_served(messages: list[dict]) -> list[dict]:
         message = dict(message)
         if isinstance(message["content"], list):
             message["content"] = [
-                {"type": "image", "image": Image.open(io.BytesIO(prompt.png(next(images))))}
+                {"type": "image", "image": Image.open(io.BytesIO(png.encode(next(images))))}
                 if "image_url" in part
                 else part
                 for part in message["content"]

@@ -8,18 +8,22 @@ from peft import LoraConfig, get_peft_model
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from apprentice import local, pretraining, prompt, student
-from apprentice.conversation import batch, encode, length, pictures, row
+from apprentice import prompt
+from apprentice.data.chat_rows import row
 from apprentice.params import Architecture, Lora, Pretraining, Prompt
-from apprentice.play import play
-from apprentice.policy import Scripted
-from apprentice.training import lora_config
+from apprentice.play import Spec, play
+from apprentice.players.scripted import Scripted
+from apprentice.serving import in_process
+from apprentice.student import loading, tiny
+from apprentice.student.encoding import batch, encode, length, pictures
+from apprentice.student.loading import lora_config
+from apprentice.training import pretraining
 from apprentice.world import ACTIONS, World
 
 
 @pytest.fixture(scope="module")
 def episode():
-    return play(Scripted("random"), [3], 60, SHOWN)[0]
+    return play(Scripted("random"), Spec([3], 60, SHOWN))[0]
 
 
 def test_the_tiny_student_is_what_the_auto_classes_load(tiny, tiny_folder):
@@ -35,8 +39,8 @@ def test_the_tiny_student_is_what_the_auto_classes_load(tiny, tiny_folder):
 
 
 def test_the_same_seed_builds_the_same_student(tiny):
-    again, _ = student.build(Architecture(initializer_range=0.3), tiny[1].tokenizer, 0)
-    other, _ = student.build(Architecture(initializer_range=0.3), tiny[1].tokenizer, 1)
+    again, _ = tiny.build(Architecture(initializer_range=0.3), tiny[1].tokenizer, 0)
+    other, _ = tiny.build(Architecture(initializer_range=0.3), tiny[1].tokenizer, 1)
     same = [torch.equal(a, b) for a, b in zip(tiny[0].state_dict().values(), again.state_dict().values(), strict=True)]
     assert all(same)
     assert not torch.equal(tiny[0].lm_head.weight, other.lm_head.weight)
@@ -97,7 +101,7 @@ def test_what_a_row_teaches_is_what_parse_reads(tiny, episode):
 
 
 def test_a_row_teaches_the_reason_only_when_asked_to(tiny):
-    telling = play(Scripted("expert", rationale=True), [3], 5, SHOWN)[0]
+    telling = play(Scripted("expert", rationale=True), Spec([3], 5, SHOWN))[0]
     for step in telling.steps:
         silent, reasoned = (row(telling, step, SHOWN, rationale) for rationale in (False, True))
         assert silent["messages"][-1] == prompt.answer(step.asked)
@@ -128,9 +132,9 @@ def test_greedy_answers_are_those_of_transformers_generate(tiny, episode):
         inputs = batch(processor, [encoded])
         del inputs["labels"]
         theirs = model.generate(
-            **inputs, max_new_tokens=8, do_sample=False, suppress_tokens=local.vision_tokens(processor)
+            **inputs, max_new_tokens=8, do_sample=False, suppress_tokens=in_process.vision_tokens(processor)
         )[0, len(encoded.prompt_ids) :].tolist()
-        (mine, *_), *_ = local.generate(model, processor, [encoded], np.zeros((1, 8)), 0.0)
+        (mine, *_), *_ = in_process.generate(model, processor, [encoded], np.zeros((1, 8)), 0.0)
         assert mine == theirs
 
 
@@ -138,9 +142,9 @@ def test_an_answer_does_not_depend_on_who_else_is_asked(tiny, episode):
     model, processor = tiny
     rows = _prompts(processor, episode, 6)
     draws = np.random.default_rng(0).random((6, 6))
-    together = local.generate(model, processor, rows, draws, 1.0)
+    together = in_process.generate(model, processor, rows, draws, 1.0)
     for encoded, draw, (ids, logprobs, _) in zip(rows, draws, together, strict=True):
-        (alone, alone_logprobs, _), *_ = local.generate(model, processor, [encoded], draw[None], 1.0)
+        (alone, alone_logprobs, _), *_ = in_process.generate(model, processor, [encoded], draw[None], 1.0)
         assert alone == ids
         np.testing.assert_allclose(alone_logprobs, logprobs, atol=1e-4)
 
@@ -149,14 +153,14 @@ def test_logprobs_are_those_of_a_forward_pass_and_no_vision_token_is_sampled(tin
     model, processor = tiny
     encoded = _prompts(processor, episode, 1)[0]
     draws = np.random.default_rng(1).random((200, 1))
-    answers = local.generate(model, processor, [encoded] * 200, draws, 1.0)
+    answers = in_process.generate(model, processor, [encoded] * 200, draws, 1.0)
     inputs = batch(processor, [encoded])
     del inputs["labels"]
     logits = model(**inputs).logits[0, -1].detach().double()
-    logits[local.vision_tokens(processor)] = -torch.inf
+    logits[in_process.vision_tokens(processor)] = -torch.inf
     expected = logits.log_softmax(-1)
     for (token,), (logprob,), _ in answers:
-        assert token not in local.vision_tokens(processor)
+        assert token not in in_process.vision_tokens(processor)
         assert logprob == pytest.approx(expected[token].item(), abs=1e-4)
 
 
@@ -164,19 +168,19 @@ def test_sampling_follows_the_probabilities(tiny, episode):
     model, processor = tiny
     encoded = _prompts(processor, episode, 1)[0]
     draws = (np.arange(400)[:, None] + 0.5) / 400
-    tokens = [ids[0] for ids, *_ in local.generate(model, processor, [encoded] * 400, draws, 1.0)]
+    tokens = [ids[0] for ids, *_ in in_process.generate(model, processor, [encoded] * 400, draws, 1.0)]
     inputs = batch(processor, [encoded])
     del inputs["labels"]
     logits = model(**inputs).logits[0, -1].detach()
-    logits[local.vision_tokens(processor)] = -torch.inf
+    logits[in_process.vision_tokens(processor)] = -torch.inf
     likeliest = logits.argmax().item()
     assert tokens.count(likeliest) / 400 == pytest.approx(logits.softmax(-1)[likeliest].item(), abs=0.01)
 
 
 def test_a_student_plays_and_its_replies_are_recorded_whatever_they_are(tiny):
     model, processor = tiny
-    policy = local.Local("base", model, processor, 1.0, 8)
-    episodes = play(policy, [1, 2, 1], 5, SHOWN)
+    policy = in_process.InProcess("base", model, processor, 1.0, 8)
+    episodes = play(policy, Spec([1, 2, 1], 5, SHOWN))
     for episode in episodes:
         assert episode.length == 5
         for step in episode.steps:
@@ -184,45 +188,45 @@ def test_a_student_plays_and_its_replies_are_recorded_whatever_they_are(tiny):
             assert bool(step.invalid) == (not step.asked)
     replies = [[step.reply.message["content"] for step in episode.steps] for episode in episodes]
     assert replies[0] != replies[2]  # the same world, other draws
-    again = play(local.Local("base", model, processor, 1.0, 8), [1, 2, 1], 5, SHOWN)
+    again = play(in_process.InProcess("base", model, processor, 1.0, 8), Spec([1, 2, 1], 5, SHOWN))
     assert [[step.reply.message["content"] for step in episode.steps] for episode in again] == replies
 
 
 def test_waiting_episodes_are_answered_together(tiny, monkeypatch):
     model, processor = tiny
     sizes = []
-    generate = local.generate
+    generate = in_process.generate
 
     def counted(model, processor, rows, draws, temperature):
         sizes.append(len(rows))
         return generate(model, processor, rows, draws, temperature)
 
-    monkeypatch.setattr(local, "generate", counted)
-    play(local.Local("base", model, processor, 1.0, 2), [1, 2, 3, 4], 3, SHOWN)
+    monkeypatch.setattr(in_process, "generate", counted)
+    play(in_process.InProcess("base", model, processor, 1.0, 2), Spec([1, 2, 3, 4], 3, SHOWN))
     assert sizes == [4, 4, 4]
 
 
 def test_a_merged_adapter_answers_as_the_adapter_does(tiny_folder, episode):
     from peft import LoraConfig, get_peft_model
 
-    from apprentice.actor import InProcess
+    from apprentice.training.sampler import InProcessSampler
 
-    model, processor = student.load(tiny_folder)
+    model, processor = loading.load(tiny_folder)
     adapted = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)).eval()
-    actor, _ = student.load(tiny_folder)
-    InProcess(actor, processor).update(adapted, 0)
+    copy, _ = loading.load(tiny_folder)
+    InProcessSampler(copy, processor).update(adapted, 0)
     inputs = batch(processor, _prompts(processor, episode, 3))
     del inputs["labels"]
     with torch.no_grad():
-        torch.testing.assert_close(actor(**inputs).logits, adapted(**inputs).logits, atol=1e-3, rtol=1e-3)
-        assert not torch.allclose(actor(**inputs).logits, student.load(tiny_folder)[0](**inputs).logits, atol=1e-2)
+        torch.testing.assert_close(copy(**inputs).logits, adapted(**inputs).logits, atol=1e-3, rtol=1e-3)
+        assert not torch.allclose(copy(**inputs).logits, loading.load(tiny_folder)[0](**inputs).logits, atol=1e-2)
 
 
 def test_a_few_steps_of_pretraining_teach_the_student_to_see():
     worlds = dict(pretraining.frames(seed, 20) for seed in range(100_000, 100_008))
     held_out, seen = worlds.pop(100_000), [frame for world in worlds.values() for frame in world]
-    tokens = student.tokenizer(*pretraining.vocabulary(SHOWN, seen), 512)
-    model, processor = student.build(Architecture(), tokens, 0)
+    tokens = tiny.tokenizer(*pretraining.vocabulary(SHOWN, seen), 512)
+    model, processor = tiny.build(Architecture(), tokens, 0)
     before = pretraining.sight(model, processor, SHOWN, held_out)
     options = Pretraining(seeds="0", steps=40, batch_size=16)
     pretraining.pretrain(model, processor, SHOWN, seen, options, seed=0)
@@ -240,7 +244,7 @@ def test_folded_lora_is_the_same_function_with_the_same_gradients():
     model = get_peft_model(layer, LoraConfig(r=3, lora_alpha=7, target_modules=["0"], init_lora_weights=False))
     x = torch.randn(4, 6)
     found = []
-    for form in (lambda model: model, student.fold):
+    for form in (lambda model: model, loading.fold):
         model.zero_grad()
         out = form(model)(x)
         out.square().sum().backward()
@@ -252,8 +256,8 @@ def test_folded_lora_is_the_same_function_with_the_same_gradients():
 
 
 def test_lora_learns_on_a_base_in_four_bits(tiny_folder, episode):
-    quantized, processor = student.load(tiny_folder, quantization="nf4")
-    whole, _ = student.load(tiny_folder)
+    quantized, processor = loading.load(tiny_folder, quantization="nf4")
+    whole, _ = loading.load(tiny_folder)
     assert quantized.get_memory_footprint() < 0.7 * whole.get_memory_footprint()
     rows = batch(processor, [encode(processor, row(episode, step, SHOWN)["messages"]) for step in episode.steps[:4]])
     with torch.no_grad():

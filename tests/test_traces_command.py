@@ -11,8 +11,8 @@ from apprentice import store
 from apprentice.cli import watch
 from apprentice.episode import Episode, Reply
 from apprentice.params import Prompt
-from apprentice.play import play
-from apprentice.policy import Scripted
+from apprentice.play import Spec, play
+from apprentice.players.scripted import Scripted
 
 
 class Evil:
@@ -33,8 +33,8 @@ class Evil:
 @pytest.fixture(scope="module")
 def played() -> dict[str, list[Episode]]:
     return {
-        "expert": play(Scripted("expert"), range(4), 60, Prompt()),
-        "monkey": play(Evil(), [0, 1], 5, Prompt(mode="text+image")),
+        "expert": play(Scripted("expert"), Spec(range(4), 60, Prompt())),
+        "monkey": play(Evil(), Spec([0, 1], 5, Prompt(mode="text+image"))),
     }
 
 
@@ -44,7 +44,7 @@ def folder(tmp_path, played) -> Path:
     write_params(tmp_path, expert=expert, monkey={"policy": "random", "seeds": "0-1"})
     for name, episodes in played.items():
         store.write(tmp_path / f"data/traces/{name}.parquet", episodes)
-    store.write(tmp_path / "data/benchmark/random.parquet", play(Scripted("random"), [200], 10, Prompt()))
+    store.write(tmp_path / "data/benchmark/random.parquet", play(Scripted("random"), Spec([200], 10, Prompt())))
     return tmp_path
 
 
@@ -127,7 +127,7 @@ def test_an_episode_becomes_a_film(folder, played):
 
 
 def test_a_benchmarks_opening_is_part_of_the_film():
-    (episode,) = play(Scripted("random"), [3], 10, Prompt(), opening=("noop",))
+    (episode,) = play(Scripted("random"), Spec([3], 10, Prompt(), opening=("noop",)))
     seen = list(watch.moments(episode, 72, ("noop",)))
     for moment, step in zip(seen, episode.steps, strict=False):
         assert (moment.image == step.observation.image).all()

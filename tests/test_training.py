@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 from conftest import SHOWN
 
-from apprentice import distributed, training
-from apprentice.conversation import length, row
-from apprentice.dataset import Jsonl, order, write_jsonl
+from apprentice.data.chat_rows import row
+from apprentice.data.dataset import Jsonl, order, write_jsonl
 from apprentice.params import Prompt
-from apprentice.play import play
-from apprentice.policy import Scripted
+from apprentice.play import Spec, play
+from apprentice.players.scripted import Scripted
+from apprentice.student.encoding import length
+from apprentice.training import devices, examples
 
 LENGTHS = np.random.default_rng(0).integers(100, 2000, 1000)
 
@@ -20,7 +21,7 @@ LENGTHS = np.random.default_rng(0).integers(100, 2000, 1000)
 @pytest.fixture(scope="module")
 def rows() -> list[dict]:
     """Of very different lengths, as imports beside a teacher's would be."""
-    episodes = play(Scripted("expert", rationale=True), [3, 4], 100, SHOWN)
+    episodes = play(Scripted("expert", rationale=True), Spec([3, 4], 100, SHOWN))
     shown = [SHOWN, Prompt(mode="text+image", rules=False, history=8), Prompt(mode="text"), Prompt(mode="text+image")]
     return [
         row(episode, step, settings, rationale)
@@ -75,10 +76,10 @@ def test_a_step_has_the_same_rows_on_any_number_of_devices(ranks, at_once):
 
 
 def test_less_than_a_tenth_is_padding(tiny_folder, tiny, file):
-    survey = training.survey(file, tiny_folder, "padding")
+    survey = examples.survey(file, tiny_folder, "padding")
 
     def padding(chosen) -> float:
-        rows = training.Rows(file, tiny[1], survey.places, chosen)
+        rows = examples.Rows(file, tiny[1], survey.places, chosen)
         masks = [rows.collate(list(rows.dataset.select(range(first, first + 8))))["attention_mask"]
                  for first in range(0, len(chosen), 8)]  # fmt: skip
         return 1 - sum(mask.sum().item() for mask in masks) / sum(mask.numel() for mask in masks)
@@ -89,22 +90,22 @@ def test_less_than_a_tenth_is_padding(tiny_folder, tiny, file):
 
 @pytest.mark.parametrize("part", [16 << 20, 50_000, 1_000])
 def test_a_survey_finds_every_row_wherever_a_part_ends(tiny_folder, tiny, file, rows, monkeypatch, part):
-    monkeypatch.setattr(training, "_PART", part)
-    survey = training.survey(file, tiny_folder, "survey")
+    monkeypatch.setattr(examples, "_PART", part)
+    survey = examples.survey(file, tiny_folder, "survey")
     assert [Jsonl(file, survey.places)[index] for index in range(len(rows))] == rows
     assert survey.lengths.tolist() == [length(tiny[1], row["messages"]) for row in rows]
     assert survey.teachers == [{"teacher": "expert", "model": "expert", "rows": len(rows), "episodes": 2}]
 
 
 def test_a_survey_on_all_cores_is_the_same_and_is_made_once(tiny_folder, file, monkeypatch):
-    alone = training.survey(file, tiny_folder, "alone")
-    monkeypatch.setattr(training, "_PART", file.stat().st_size // 3)
-    monkeypatch.setattr(training, "_ALONE", 0)
-    spread = training.survey(file, tiny_folder, "spread")
+    alone = examples.survey(file, tiny_folder, "alone")
+    monkeypatch.setattr(examples, "_PART", file.stat().st_size // 3)
+    monkeypatch.setattr(examples, "_ALONE", 0)
+    spread = examples.survey(file, tiny_folder, "spread")
     assert np.array_equal(alone.lengths, spread.lengths) and np.array_equal(alone.places, spread.places)
     assert alone.teachers == spread.teachers
-    monkeypatch.setattr(training, "_survey_part", None)
-    assert np.array_equal(training.survey(file, tiny_folder, "spread").lengths, spread.lengths)
+    monkeypatch.setattr(examples, "_survey_part", None)
+    assert np.array_equal(examples.survey(file, tiny_folder, "spread").lengths, spread.lengths)
 
 
 def test_memory_does_not_grow_with_the_rows(tiny, tmp_path):
@@ -116,7 +117,7 @@ def test_memory_does_not_grow_with_the_rows(tiny, tmp_path):
         path.write_text(line * count)
         places = np.arange(count) * len(line)
         tracemalloc.start()
-        rows = training.Rows(path, tiny[1], places, order(np.full(count, 130), 32, 1, 0))
+        rows = examples.Rows(path, tiny[1], places, order(np.full(count, 130), 32, 1, 0))
         assert rows._rows[count - 1]["text"] and len(Jsonl(path)) == count
         found = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
@@ -126,9 +127,9 @@ def test_memory_does_not_grow_with_the_rows(tiny, tmp_path):
 
 
 def test_readers_leave_the_cores_to_training_where_there_is_no_gpu(monkeypatch):
-    assert distributed.readers() == 0
+    assert devices.readers() == 0
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr(distributed, "cores", lambda: 16)
-    assert distributed.readers() == 4
+    monkeypatch.setattr(devices, "cores", lambda: 16)
+    assert devices.readers() == 4
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    assert distributed.readers() == 1
+    assert devices.readers() == 1

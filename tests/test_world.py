@@ -21,8 +21,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from apprentice import terrain
-from apprentice.world import ACHIEVEMENTS, ACTIONS, ITEMS, SIZE, TILES, VIEW, VITALS, Observation, World
+from apprentice.world import ACHIEVEMENTS, ACTIONS, ITEMS, SIZE, TILES, VIEW, VITALS, Observation, World, terrain
 
 WALKABLE = set(constants.walkable)
 MOVES = {"move_left": (-1, 0), "move_right": (1, 0), "move_up": (0, -1), "move_down": (0, 1)}
@@ -393,7 +392,9 @@ def test_seed_and_actions_give_the_same_bytes_in_any_process_whoever_looks():
 def test_a_second_process_compiles_nothing():
     World(0).reset().image.tobytes()
     program = """
-from apprentice import picture, terrain, world
+from apprentice.world import picture
+from apprentice.world import terrain
+from apprentice import world
 world.World(0).reset().image
 for function in (terrain._layer, terrain._fill_materials, terrain._fill_creatures, picture._compose):
     assert not function.stats.cache_misses and function.stats.cache_hits, function
@@ -406,9 +407,10 @@ def test_where_nothing_is_writable_each_process_compiles_for_itself():
     program = """
 import pathlib
 from apprentice import world
-from apprentice import compiled, picture
+from apprentice.world import jit
+from apprentice.world import picture
 assert picture._grey(255, 255, 255) == 255
-print(*pathlib.Path(compiled._FOLDER.name).glob("*/*.nbc"))
+print(*pathlib.Path(jit._FOLDER.name).glob("*/*.nbc"))
 """
     # Permissions don't stop root. A numba left without the places where it looks is in the same position.
     kept = in_process(program, NUMBA_CACHE_LOCATOR_CLASSES="UserProvidedCacheLocator", NUMBA_CACHE_DIR="").split()

@@ -11,11 +11,10 @@ import subprocess
 
 import numpy as np
 import pytest
-from closure import ROOT
 from test_serve_command import KEY, serving
 
-from apprentice import prompt
-from apprentice.world import ACTIONS, World
+from apprentice.pipeline import ROOT
+from apprentice.world import ACTIONS, World, png
 
 PYTHON = ROOT / ".venv-openenv/bin/python"
 
@@ -47,4 +46,4 @@ def test_openenvs_client_says_that_a_server_is_gone(tmp_path):
 
 
 def digest(image: np.ndarray) -> str:
-    return hashlib.sha256(base64.b64encode(prompt.png(image))).hexdigest()
+    return hashlib.sha256(base64.b64encode(png.encode(image))).hexdigest()

@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
 from pydantic import (
@@ -11,13 +11,10 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
-    ValidationError,
     model_validator,
 )
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
 
-from apprentice.params import ConfigError, Section, explain
+from apprentice.schema import Section, checked, parsed
 
 PATH = Path("compute.yaml")
 
@@ -104,13 +101,13 @@ class Stage(Section):
         return self
 
 
-class Serve(Section):
+class Vllm(Section):
     """What the student plays on, in rl's rollouts and in the benchmark."""
 
-    student: Literal["auto", "in_process", "vllm"] = "auto"
+    use: Literal["auto", "always", "never"] = "auto"
     """auto: vLLM where there are GPUs and it is installed, this program's own process elsewhere."""
     endpoints: Annotated[tuple[Annotated[str, AfterValidator(_server)], ...], Field(strict=False)] = ()
-    """vLLM servers that run already, as http://127.0.0.1:8000; they have to be started with the flags that serve.py
+    """vLLM servers that run already, as http://127.0.0.1:8000; they have to be started with the flags that vllm.py
     gives its own, and read adapters from the same folders as this machine."""
     gpus: Annotated[tuple[NonNegativeInt, ...], Field(strict=False, min_length=1)] | None = None
     """The GPUs (0 is the first) that have a server each, for it alone: rl trains on the others. Null: one on each, and
@@ -125,42 +122,15 @@ class Serve(Section):
 
 
 class Compute(Section):
-    serve: Serve = Serve()
-    stages: dict[Literal["student", "sft", "rl", "benchmark"], Stage] = Field(default_factory=dict)
+    vllm: Vllm = Vllm()
+    stages: dict[Literal["student", "sft", "rl", "benchmark_student"], Stage] = Field(default_factory=dict)
     """Those that have something to do for a GPU; one that isn't named runs here."""
 
 
 def load(path: Path | None = None) -> Compute:
     """Read and check compute.yaml; without it, everything runs here. Raises ConfigError naming the key."""
     path = path or PATH
-    try:
-        tree: Any = YAML(typ="safe").load(path.read_text())
-    except FileNotFoundError:
-        return Compute()
-    except (UnicodeDecodeError, YAMLError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from None
-    if tree is None:
-        return Compute()
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path} must be a mapping with the keys {', '.join(Compute.model_fields)}")
-    try:
-        return Compute.model_validate(tree)
-    except ValidationError as error:
-        raise ConfigError("\n".join(explain(path, tree, error.errors(), _known_at))) from None
-
-
-def _known_at(location: list[str]) -> list[str]:
-    """The keys that compute.yaml knows at a place, for error messages."""
-    match location:
-        case []:
-            return list(Compute.model_fields)
-        case ["stages", _]:
-            return list(Stage.model_fields)
-        case ["stages", _, "any_of", _]:
-            return list(Candidate.model_fields)
-        case [section] if hasattr(annotation := Compute.model_fields[section].annotation, "model_fields"):
-            return list(annotation.model_fields)
-    return []
+    return checked(path, (parsed(path) or {}) if path.exists() else {}, Compute)
 
 
 def runs_elsewhere(stage: str) -> bool:

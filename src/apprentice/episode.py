@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from apprentice.world import Observation
+from apprentice.world.observation import Observation
 
 HISTORY = 32
 """How many past actions a step remembers; no prompt can show more."""

@@ -1,19 +1,19 @@
-"""params.yaml as a frozen, checked tree; a wrong value is an error before the first step."""
+"""params.yaml as a frozen, checked tree; a wrong value is an error before the first step.
+
+Every key has its meaning beside it here, and its value in params.yaml. A profile that extends another has the other's
+values but for those that it names. `apprentice settings` prints what all that comes to.
+"""
 
 import io
-import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Discriminator,
     Field,
     NonNegativeFloat,
@@ -21,29 +21,18 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     Tag,
-    ValidationError,
     model_validator,
 )
 from ruamel.yaml import YAML, CommentedMap
-from ruamel.yaml.error import YAMLError
+
+from apprentice.errors import ConfigError
+from apprentice.schema import Section, checked, parsed
 
 PATH = Path("params.yaml")
 """Where a stage finds its parameters: in the folder it is run in, as DVC does."""
 
 
 _NULL = "tag:yaml.org,2002:null"
-
-
-class ConfigError(Exception):
-    """The configuration cannot work; the message says which key, and what would be right. Exit code 2."""
-
-
-class Section(BaseModel):
-    """Frozen; unknown keys are errors, and so is a text where a number belongs."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
 
 
 def seeds(value: Any) -> tuple[int, ...]:
@@ -167,7 +156,7 @@ class Endpoint(Section):
         return self
 
 
-class Player(Section):
+class Agent(Section):
     """Who plays without weights of ours: an agent of the benchmark, or a teacher."""
 
     policy: Literal["expert", "random", "noop", "chat"]
@@ -188,7 +177,7 @@ class Player(Section):
         return self
 
 
-class Teacher(Player):
+class Teacher(Agent):
     seeds: Seeds
     max_steps: Annotated[int, Field(ge=1, le=10_000)] = 200
     """Environment steps after which an episode ends."""
@@ -496,6 +485,8 @@ def _kind_of_student(value: Any) -> str:
 
 
 class Profile(Section):
+    """The student and how it's trained. `extends: OTHER` begins with the values of another profile."""
+
     dtype: Literal["float32", "bfloat16"]
     """Of the student's weights, in training and in play."""
     prompt: Prompt
@@ -521,7 +512,7 @@ class Benchmark(Section):
     seeds: Seeds
     max_steps: Annotated[int, Field(ge=1, le=10_000)] | None = None
     """Environment steps after which an episode ends; null is what the protocol says."""
-    agents: dict[Name, Player] = {name: Player(policy=name) for name in ("random", "noop", "expert")}
+    agents: dict[Name, Agent] = {name: Agent(policy=name) for name in ("random", "noop", "expert")}
     """Who plays without weights of ours, by name: built in, or a model behind an endpoint."""
     students: dict[Name, Annotated[str, Field(min_length=1)]] = {}
     """Folders of weights to play with, by name: models/base, or an adapter for it. They must be outs of this pipeline,
@@ -570,7 +561,7 @@ class Params(Section):
     profiles: Annotated[dict[Name, Profile], Field(min_length=1)]
 
     @property
-    def student(self) -> Profile:
+    def active(self) -> Profile:
         """The profile in use."""
         return self.profiles[self.profile]
 
@@ -580,7 +571,7 @@ class Params(Section):
             raise ValueError(f"profile: {self.profile!r} is not defined; profiles are {', '.join(self.profiles)}")
         uses_of_judge = {
             "filter.min_judge_score": self.filter.min_judge_score is not None,
-            f"profiles.{self.profile}.rl.reward.judge": self.student.rl.reward.judge != 0,
+            f"profiles.{self.profile}.rl.reward.judge": self.active.rl.reward.judge != 0,
         }
         for key, used in uses_of_judge.items():
             if used and self.judge is None:
@@ -597,14 +588,14 @@ class Params(Section):
                     "copy it to another folder and name the copy"
                 )
         uses = {f"teachers.{name}.seeds": teacher.seeds for name, teacher in self.teachers.items()}
-        uses[f"profiles.{self.profile}.rl.seeds"] = self.student.rl.seeds
-        uses[f"profiles.{self.profile}.rl.evaluation.seeds"] = self.student.rl.evaluation.seeds
-        if isinstance(self.student.student, TinyStudent):
-            uses[f"profiles.{self.profile}.student.pretraining.seeds"] = self.student.student.pretraining.seeds
+        uses[f"profiles.{self.profile}.rl.seeds"] = self.active.rl.seeds
+        uses[f"profiles.{self.profile}.rl.evaluation.seeds"] = self.active.rl.evaluation.seeds
+        if isinstance(self.active.student, TinyStudent):
+            uses[f"profiles.{self.profile}.student.pretraining.seeds"] = self.active.student.pretraining.seeds
         uses["benchmark.seeds"] = self.benchmark.seeds
         _disjoint(uses)
         if self.benchmark.protocol == "balrog":
-            drawn = {f"profiles.{self.profile}.sampling": self.student.sampling} if self.benchmark.students else {}
+            drawn = {f"profiles.{self.profile}.sampling": self.active.sampling} if self.benchmark.students else {}
             for name, agent in self.benchmark.agents.items():
                 drawn |= {f"benchmark.agents.{name}.endpoint": agent.endpoint} if agent.endpoint else {}
             for key, section in drawn.items():
@@ -613,10 +604,10 @@ class Params(Section):
                         f"{key}.temperature is {section.temperature}, and protocol balrog plays at 1.0; "
                         "set it to 1.0, or benchmark.protocol to quick"
                     )
-        if self.split.include_images is False and self.student.prompt.mode != "text":
+        if self.split.include_images is False and self.active.prompt.mode != "text":
             raise ValueError(
                 "split.include_images is false but profiles."
-                f"{self.profile}.prompt.mode is {self.student.prompt.mode!r}: the student would never see the picture "
+                f"{self.profile}.prompt.mode is {self.active.prompt.mode!r}: the student would never see the picture "
                 "it is trained to read; set mode to text, or include_images to true"
             )
         return self
@@ -640,12 +631,7 @@ def _disjoint(uses: dict[str, tuple[int, ...]]) -> None:
 def load(path: Path | None = None) -> Params:
     """Read and check the parameters. Raises ConfigError naming the key and what would be right."""
     path = path or PATH
-    try:
-        return _checked(path, path.read_text())
-    except FileNotFoundError:
-        raise ConfigError(f"there is no {path} in {os.getcwd()}; run from the top of the checkout") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+    return _checked(path, parsed(path))
 
 
 def with_imports(files: dict[str, str], path: Path = PATH) -> str:
@@ -658,68 +644,66 @@ def with_imports(files: dict[str, str], path: Path = PATH) -> str:
     sources.fa.set_flow_style()
     sources.update({name: {"file": file} for name, file in files.items()})
     yaml.dump(tree, text)
-    _checked(path, text.getvalue())
+    _checked(path, parsed(path, text.getvalue()))
     return text.getvalue()
 
 
-def _checked(path: Path, text: str) -> Params:
-    try:
-        tree = YAML(typ="safe").load(text)
-    except YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from None
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path} must be a mapping with the keys {', '.join(Params.model_fields)}")
-    try:
-        return Params.model_validate(tree)
-    except ValidationError as error:
-        raise ConfigError("\n".join(explain(path, tree, error.errors(), _section))) from None
+def _checked(path: Path, tree: Any) -> Params:
+    profiles = tree.get("profiles") if isinstance(tree, dict) else None
+    if not isinstance(profiles, dict):
+        return checked(path, tree, Params)
+    whole = tree | {"profiles": {name: extended(profiles, name, path) for name in profiles}}
+
+    def inherited(location: tuple) -> bool:
+        """Whether it's a value of another profile, whose own error it is."""
+        node = profiles.get(location[1]) if len(location) > 1 and location[0] == "profiles" else None
+        if not isinstance(node, dict) or "extends" not in node:
+            return False
+        for part in location[2:]:
+            if not isinstance(node, dict):
+                return False
+            if part in node:
+                node = node[part]
+            elif part not in ("TinyStudent", "HubStudent"):
+                return True
+        return False
+
+    return checked(path, whole, Params, inherited)
 
 
-def explain(path: Path, tree: dict, errors: Iterable[dict], known_at: Callable[[list[str]], list[str]]) -> list[str]:
-    """pydantic's errors about a YAML file in its own words; known_at: the keys known at a place in the file."""
-    lines = []
-    for error in errors:
-        # pydantic adds names of its own to a location, of a union's branch for one: keep what stands in the file, and
-        # the last part where the error is about a key that should not, or should, be there.
-        location, node = [], tree
-        for place, part in enumerate(error["loc"]):
-            inside = (isinstance(node, dict) and part in node) or (isinstance(node, list) and isinstance(part, int))
-            about_key = error["type"] in ("missing", "extra_forbidden") and place == len(error["loc"]) - 1
-            if inside or about_key:
-                location.append(str(part))
-                node = node[part] if inside else None
-        key = ".".join(location)
-        if error["type"] == "extra_forbidden":
-            section = known_at(location[:-1])
-            known = f"; known there: {', '.join(section)}" if section else ""
-            lines.append(f"{path}: {key}: unknown key{known}")
-        elif error["type"] == "missing":
-            lines.append(f"{path}: {key}: is required")
-        else:
-            message = error["msg"].removeprefix("Value error, ")
-            # Somebody may have written a key or a password there.
-            quotable = key and not {"api_key_env", "base_url", "environment", "secrets"} & set(location)
-            got = f" (it is {error['input']!r})" if quotable and not isinstance(error["input"], (dict, Section)) else ""
-            lines.append(f"{path}: {key}: {message}{got}" if key else f"{path}: {message}")
-    return lines
+SECTIONS = ("prompt", "sampling", "student", "sft", "rl")
+"""What every profile names, if only as {}: dvc.yaml has a stage depend on the sections that it uses."""
 
 
-def _section(location: list[str]) -> list[str]:
-    """The keys that params.yaml knows at a place, for error messages."""
-    model: Any = Params
-    for part in location:
-        field = getattr(model, "model_fields", {}).get(part)
-        if field is None:
-            named = {"teachers": Teacher, "imports": Import, "profiles": Profile, "agents": Player}
-            model = named.get(model) if isinstance(model, str) else None
-        elif part in ("teachers", "imports", "profiles", "agents"):
-            model = part
-            continue
-        elif part == "student":
-            return sorted({*TinyStudent.model_fields, *HubStudent.model_fields})
-        else:
-            # Of an optional section, the section.
-            model = next((kind for kind in get_args(field.annotation) if kind is not type(None)), field.annotation)
-        if model is None:
-            return []
-    return list(getattr(model, "model_fields", {}))
+def lineage(profiles: dict, name: str, path: Path = PATH) -> list[str]:
+    """A profile and those that it extends, the nearest first. Raises ConfigError where that leads nowhere."""
+    names = [name]
+    while isinstance(profiles[names[-1]], dict) and (parent := profiles[names[-1]].get("extends")) is not None:
+        where = f"{path}: profiles.{names[-1]}.extends"
+        if parent not in profiles:
+            raise ConfigError(f"{where}: there is no profile {parent!r}; profiles are {', '.join(map(str, profiles))}")
+        if parent in names:
+            raise ConfigError(f"{where}: {parent} extends {names[-1]} in turn; one of them has to stand alone")
+        if missing := [section for section in SECTIONS if section not in profiles[names[-1]]]:
+            raise ConfigError(f"{path}: profiles.{names[-1]}.{missing[0]}: is required; {{}} is as in {parent}")
+        names.append(parent)
+    return names
+
+
+def extended(profiles: dict, name: str, path: Path = PATH) -> Any:
+    """A profile's tree with all that it has from those it extends."""
+    if not isinstance(profiles[name], dict):
+        return profiles[name]
+    whole: dict = {}
+    for one in reversed(lineage(profiles, name, path)):
+        whole = _overlaid(whole, {key: value for key, value in profiles[one].items() if key != "extends"})
+    return whole
+
+
+def _overlaid(under: dict, over: dict) -> dict:
+    both = {
+        key: _overlaid(under[key], over[key])
+        for key in under.keys() & over.keys()
+        if isinstance(under[key], dict) and isinstance(over[key], dict)
+    }
+    return under | over | both

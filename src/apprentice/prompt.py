@@ -1,21 +1,17 @@
 """The one place that renders what a player is shown and reads what it answers."""
 
 import base64
-import io
 import json
 import re
-import struct
-import zlib
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-import pyarrow as pa
-from PIL import Image
 
 from apprentice.episode import Given
 from apprentice.params import Prompt
-from apprentice.world import ACTIONS, TILES, VIEW, Observation, constants
+from apprentice.world import png
+from apprentice.world.observation import ACTIONS, TILES, VIEW, Observation, constants
 
 TOOLS: list[dict] = [
     {
@@ -164,39 +160,10 @@ def pictures(observation: Observation, settings: Prompt) -> list[np.ndarray]:
 def shown_png(observation: Observation, settings: Prompt) -> bytes:
     """The picture that the player is shown, as PNG."""
     if settings.scale > 1:
-        return png(picture(observation, settings))
+        return png.encode(picture(observation, settings))
     if observation.png is None:
-        object.__setattr__(observation, "png", png(observation.image))  # the record needs it once more
+        object.__setattr__(observation, "png", png.encode(observation.image))  # the record needs it once more
     return observation.png
-
-
-def png(image: np.ndarray, level: int = 4) -> bytes:
-    """uint8 (height, width, 3) as PNG: rows unfiltered, which for these pictures is smaller and a third of the work.
-
-    level: zlib's, 1 to 9. It's Arrow's own zlib, so that the bytes are the same wherever the lock is: Python's is the
-    system's.
-    """
-    height, width, _ = image.shape
-    rows = np.zeros((height, 1 + 3 * width), np.uint8)  # each begins with its filter: 0, none
-    rows[:, 1:] = image.reshape(height, -1)
-    data = rows.tobytes()
-    deflated = pa.Codec("gzip", level).compress(data, asbytes=True)[10:-8]  # without gzip's own head and end
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)  # 8 bits, RGB
-    pixels = b"\x78\x5e" + deflated + struct.pack(">I", zlib.adler32(data))
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(part)) + name + part + struct.pack(">I", zlib.crc32(name + part))
-        for name, part in ((b"IHDR", header), (b"IDAT", pixels), (b"IEND", b""))
-    )
-
-
-def png_size(data: bytes) -> tuple[int, int]:
-    """(width, height) of a PNG, read from its first 24 bytes."""
-    return struct.unpack(">II", data[16:24])
-
-
-def unpng(data: bytes) -> np.ndarray:
-    """The picture of a PNG: uint8 (height, width, 3)."""
-    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
 
 
 def text(observation: Observation, settings: Prompt, history: tuple[str, ...] = ()) -> str:

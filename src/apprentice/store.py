@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from apprentice.episode import Episode, Given, Reply, Step
-from apprentice.prompt import png, unpng
-from apprentice.world import ITEMS, VIEW, VITALS, Observation
+from apprentice.world import png
+from apprentice.world.observation import ITEMS, VIEW, VITALS, Observation
 
 VERSION = 2
 """Raised when rows change their meaning; part of every fingerprint."""
@@ -161,7 +161,7 @@ def _row(episode: Episode, step: Step) -> dict:
 def _observed(step: Step) -> dict:
     observation = step.observation
     return {
-        "image": {"bytes": observation.png or png(observation.image), "path": None},
+        "image": {"bytes": observation.png or png.encode(observation.image), "path": None},
         "view": observation.view.tobytes(),
         "vitals": observation.vitals,
         "inventory": observation.inventory,
@@ -221,7 +221,7 @@ def _observation(row: dict) -> Observation | Given:
     if row["shown"] is not None:
         return Given(tuple(json.loads(row["shown"])), row["image"] and row["image"]["bytes"])
     return Observation(
-        image=partial(unpng, row["image"]["bytes"]),
+        image=partial(png.decode, row["image"]["bytes"]),
         png=row["image"]["bytes"],
         view=np.frombuffer(row["view"], np.uint8).reshape(VIEW[1], VIEW[0]),
         vitals=row["vitals"],

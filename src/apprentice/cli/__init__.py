@@ -6,7 +6,7 @@ A command imports what is heavy when it runs: `apprentice --help` and completion
 import typer
 
 from apprentice.cli import doctor, estimate, export, imports, launch, merge, play, report, serve, traces
-from apprentice.command import guarded
+from apprentice.errors import guarded
 
 application = typer.Typer(
     no_args_is_help=True,

@@ -1,7 +1,7 @@
 """Who can be asked to play: those built in, the student's weights, and models behind an endpoint."""
 
 from apprentice import params
-from apprentice.params import ConfigError
+from apprentice.errors import ConfigError
 
 SCRIPTED = ("random", "noop", "expert")
 ME = "me"
@@ -13,7 +13,7 @@ def students(settings: params.Params | None) -> dict[str, str]:
     return usual | (settings.benchmark.students if settings else {})
 
 
-def models(settings: params.Params | None) -> dict[str, tuple[params.Player, str]]:
+def models(settings: params.Params | None) -> dict[str, tuple[params.Agent, str]]:
     """The teachers and the benchmark's agents behind an endpoint, by name, each with where it stands in params.yaml."""
     if settings is None:
         return {}

@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from apprentice import compute, params
-from apprentice.params import ConfigError
+from apprentice.errors import ConfigError
 
 OK, GAP, BROKEN = "ok", "gap", "broken"
 _GB = 1e9
@@ -112,8 +112,8 @@ def _configuration() -> Iterator[Finding]:
 def _machine() -> Iterator[Finding]:
     import psutil
 
-    from apprentice.ledger import cache
-    from apprentice.processes import cores
+    from apprentice.cache import cache_folder
+    from apprentice.workers import cores
 
     count = cores()
     found = f"{count}"
@@ -137,7 +137,7 @@ def _machine() -> Iterator[Finding]:
             "Close something, or take a larger machine.",
         )
     )
-    folders = {"disk here": Path.cwd(), "disk of the cache": cache()}
+    folders = {"disk here": Path.cwd(), "disk of the cache": cache_folder()}
     for what, folder in folders.items():
         place = folder
         while not place.exists():
@@ -204,14 +204,18 @@ def _keys() -> Iterator[Finding]:
 
 
 def _vllm() -> Finding:
-    named = os.environ.get("APPRENTICE_VLLM")
-    places = [named] if named else [str(Path(sys.executable).parent / "vllm"), ".venv-vllm/bin/vllm"]
-    for place in places:
-        if Path(place).is_file():
-            return Finding("vLLM", OK, place)
+    from apprentice.serving import vllm
+
+    try:
+        settings = compute.load().vllm
+    except ConfigError:  # said above
+        settings = compute.Vllm()
+    if found := vllm.program(settings):
+        return Finding("vLLM", OK, found)
     remedy = "With GPUs, install requirements-gpu.lock; on a CPU, make vllm; or name it in APPRENTICE_VLLM."
     prevents = "fast play of the student in RL and benchmark; it plays in process"
-    return Finding("vLLM", GAP, f"not at {', '.join(places)}", prevents, remedy)
+    looked = ", ".join(map(str, vllm.places(settings)))
+    return Finding("vLLM", GAP, f"not at {looked}", prevents, remedy)
 
 
 def _skypilot() -> Finding:

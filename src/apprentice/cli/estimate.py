@@ -17,7 +17,7 @@ def show_estimate(
     """
     settings = params.load()
 
-    from apprentice.estimate import estimate
+    from apprentice.cloud.estimate import estimate
 
     found = estimate(settings)
     if as_json:

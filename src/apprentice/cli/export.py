@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from apprentice.command import WorkError
-from apprentice.params import ConfigError
+from apprentice.errors import ConfigError, WorkError
 
 if TYPE_CHECKING:
-    from apprentice.dataset import Jsonl
+    from apprentice.data.dataset import Jsonl
 
 Format = Literal["openai", "huggingface", "llamafactory"]
 SPLITS = {"train": "train", "val": "validation"}
@@ -59,7 +58,7 @@ def export(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} is there already and not empty; remove it, or give another --out")
 
-    from apprentice.dataset import Jsonl
+    from apprentice.data.dataset import Jsonl
 
     out.parent.mkdir(parents=True, exist_ok=True)
     # Beside it, and in its place only when it's whole.
@@ -96,7 +95,7 @@ def _rows(chats: "Jsonl", row_of: Callable[[dict], dict]) -> Iterator[dict]:
 
 def _openai(out: Path, splits: dict[str, "Jsonl"]) -> dict[str, int]:
     """Nothing but what the fine-tuning API knows: it refuses a file with other keys."""
-    from apprentice.dataset import write_jsonl
+    from apprentice.data.dataset import write_jsonl
 
     def row(chat: dict) -> dict:
         return {"messages": chat["messages"], "tools": chat["tools"]}
@@ -151,7 +150,7 @@ def _llamafactory(out: Path, splits: dict[str, "Jsonl"]) -> dict[str, int]:
 
     Its media_dir is the folder of dataset_info.json, if dataset_dir is.
     """
-    from apprentice.dataset import write_jsonl
+    from apprentice.data.dataset import write_jsonl
 
     (out / "images").mkdir()
 

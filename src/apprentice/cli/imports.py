@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from apprentice import params
-from apprentice.command import WorkError
+from apprentice.errors import ConfigError, WorkError
 
 
 def add_imports(
@@ -22,19 +22,19 @@ def add_imports(
     """
     settings = params.load()
     if name and len(files) > 1:
-        raise params.ConfigError("--name can name one file only; import the files one by one")
+        raise ConfigError("--name can name one file only; import the files one by one")
     named = {name or re.sub(r"[^A-Za-z0-9_-]+", "-", file.stem): file for file in files}
     if len(named) < len(files):
-        raise params.ConfigError("two of the files have the same name; import them one by one, each with --name")
+        raise ConfigError("two of the files have the same name; import them one by one, each with --name")
     for key, file in named.items():
         known = settings.imports.get(key)
         if known and Path(known.file) != file:
-            raise params.ConfigError(f"imports has a {key!r} already ({known.file}); give another --name")
+            raise ConfigError(f"imports has a {key!r} already ({known.file}); give another --name")
         if not file.is_file():
-            raise params.ConfigError(f"there is no file {file}")
+            raise ConfigError(f"there is no file {file}")
     extended = params.with_imports({key: str(file) for key, file in named.items()})
 
-    from apprentice import imports
+    from apprentice.data import imports
 
     reports = {key: imports.Report() for key in named}
     for key, file in named.items():

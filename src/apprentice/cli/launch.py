@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from apprentice import compute
-from apprentice.params import ConfigError
+from apprentice.errors import ConfigError
 
 
 def launch_stage(
@@ -30,7 +30,7 @@ def launch_stage(
     if stage is None and not status:
         raise ConfigError("name a stage: apprentice launch sft, or ask for --status")
 
-    from apprentice import launch
+    from apprentice.cloud import launch
 
     if status:
         under_way = launch.status()

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from apprentice.params import ConfigError
+from apprentice.errors import ConfigError
 
 
 def merge_adapter(
@@ -25,7 +25,7 @@ def merge_adapter(
         raise ConfigError("apprentice merge takes an adapter and the folder to write, nothing more")
     adapter, out = folders if len(folders) == 2 else (Path("models/rl"), folders[0])
 
-    from apprentice.merge import merge
+    from apprentice.student.merge import merge
 
     merge(adapter, out, base)
     print(f"{out}: {adapter} merged into its base; load it with AutoModelForImageTextToText, or vllm serve {out}")

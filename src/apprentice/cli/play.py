@@ -12,7 +12,7 @@ import typer
 
 from apprentice import params
 from apprentice.cli import agents
-from apprentice.params import ConfigError
+from apprentice.errors import ConfigError
 
 if TYPE_CHECKING:
     from apprentice.cli.watch import Moment
@@ -133,33 +133,35 @@ def _episode(
 ) -> "Episode":
     """An episode of the agent. watched: the pictures' size, and who gets each moment at once."""
     from apprentice.cli.watch import Watched
-    from apprentice.play import play_one
+    from apprentice.play import Spec, play_one
 
     def seen(policy: "Policy") -> "Policy":
         return Watched(policy, max_steps, *watched) if watched else policy
 
     if agent in agents.SCRIPTED:
-        from apprentice.policy import Scripted
+        from apprentice.players.scripted import Scripted
 
-        return asyncio.run(play_one(seen(Scripted(agent)), seed, max_steps, params.Prompt(), agent))
+        return asyncio.run(play_one(seen(Scripted(agent)), Spec([seed], max_steps, params.Prompt(), agent), seed))
     if agent in agents.students(settings):
-        return asyncio.run(play_one(seen(_student(agent, settings)), seed, max_steps, settings.student.prompt, agent))
+        spec = Spec([seed], max_steps, settings.active.prompt, agent)
+        return asyncio.run(play_one(seen(_student(agent, settings)), spec, seed))
 
-    from apprentice.chat import Chat
-    from apprentice.client import Client, Failed
-    from apprentice.command import WorkError
-    from apprentice.ledger import Replies
+    from apprentice.endpoint.client import Client
+    from apprentice.endpoint.replies import Replies
+    from apprentice.errors import NoAnswer, WorkError
+    from apprentice.players.chat import Chat
 
     model, whose = agents.models(settings)[agent]
 
     async def ask() -> "Episode":
         with Replies(agent, model.endpoint.asked, alone=True) as replies:
             async with Client(model.endpoint, whose, replies.spent() or 0.0) as client:
-                return await play_one(seen(Chat(agent, client, replies)), seed, max_steps, model.prompt, agent)
+                spec = Spec([seed], max_steps, model.prompt, agent)
+                return await play_one(seen(Chat(agent, client, replies)), spec, seed)
 
     try:
         return asyncio.run(ask())
-    except Failed as error:
+    except NoAnswer as error:
         raise WorkError(f"{agent}: {error}; its replies so far are kept: run the same command again") from None
 
 
@@ -168,13 +170,13 @@ def _student(agent: str, settings: params.Params) -> "Policy":
     for folder in ("models/base", weights):
         if not Path(folder).is_dir():
             raise ConfigError(f"{agent} needs {folder}, which is not there; make it by dvc repro, or dvc pull it")
-    from apprentice import local
-    from apprentice.processes import cores
+    from apprentice.serving import in_process
+    from apprentice.workers import cores
 
-    profile = settings.student
+    profile = settings.active
     sampling = profile.sampling
     adapter = None if weights == "models/base" else weights
-    return local.load(agent, adapter, profile.dtype, sampling.temperature, sampling.max_tokens, cores())
+    return in_process.load(agent, adapter, profile.dtype, sampling.temperature, sampling.max_tokens, cores())
 
 
 def _by_hand(seed: int, max_steps: int) -> "Moment":

@@ -7,8 +7,7 @@ from typing import Annotated
 import typer
 
 from apprentice import params
-from apprentice.command import WorkError
-from apprentice.params import ConfigError
+from apprentice.errors import ConfigError, WorkError
 
 
 def report(
@@ -30,7 +29,7 @@ def report(
     if others := sorted(set(seeds) - set(settings.benchmark.seeds)):
         raise ConfigError(f"--worlds: nobody has played {others[0]}; choose from benchmark.seeds in params.yaml")
 
-    from apprentice import report as drawn
+    from apprentice.results import report as drawn
 
     try:
         data = drawn.gather(settings, seeds)

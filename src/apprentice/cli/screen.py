@@ -4,7 +4,7 @@ import shutil
 
 import numpy as np
 
-from apprentice.picture import GRID
+from apprentice.world.picture import GRID
 
 CLEAR = "\x1b[H\x1b[J"
 HOME = "\x1b[H"

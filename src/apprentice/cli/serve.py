@@ -8,7 +8,7 @@ import typer
 
 from apprentice import params
 from apprentice.cli import agents
-from apprentice.params import ConfigError
+from apprentice.errors import ConfigError
 
 
 def serve(

@@ -9,8 +9,7 @@ from typing import Annotated
 import typer
 
 from apprentice import params
-from apprentice.command import WorkError
-from apprentice.params import ConfigError
+from apprentice.errors import ConfigError, WorkError
 
 application = typer.Typer(
     no_args_is_help=True, help="Look into what was played: the teachers' traces, the benchmark's."
@@ -28,7 +27,7 @@ def _teachers() -> list[str]:
 
 
 def _achievements() -> tuple[str, ...]:
-    from apprentice.world import ACHIEVEMENTS
+    from apprentice.world.observation import ACHIEVEMENTS
 
     return ACHIEVEMENTS
 
@@ -173,7 +172,7 @@ def _show(played, step) -> None:
     given = isinstance(step.observation, Given)
     png = step.observation.png
     if png and sys.stdout.isatty():
-        print("\n".join(half_blocks(prompt.unpng(png))))
+        print("\n".join(half_blocks(png.decode(png))))
     shown = (
         prompt.given(step.observation)
         if given

@@ -11,7 +11,8 @@ import numpy as np
 from apprentice import prompt
 from apprentice.episode import Episode, Reply
 from apprentice.policy import Player, Policy, Turn
-from apprentice.world import Observation, World
+from apprentice.world.observation import Observation
+from apprentice.world.world import World
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ import gymnasium
 import numpy as np
 from gymnasium import spaces
 
-from apprentice.world import ACTIONS, ITEMS, SIZE, TILES, VIEW, VITALS, Observation, World
+from apprentice.world.observation import ACTIONS, ITEMS, SIZE, TILES, VIEW, VITALS, Observation
+from apprentice.world.world import World
 
 
 class Crafter(gymnasium.Env):

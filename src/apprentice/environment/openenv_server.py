@@ -28,15 +28,18 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocketDisconnect, WebSocketState
 
 from apprentice import prompt, store, world
-from apprentice.chat import Chat
-from apprentice.client import Client, Failed
-from apprentice.command import WorkError
-from apprentice.ledger import Replies
-from apprentice.params import ConfigError, Player, Prompt
-from apprentice.play import play_one
-from apprentice.policy import Policy, Scripted
-from apprentice.processes import cores
-from apprentice.world import ACTIONS, TILES, World
+from apprentice.endpoint.client import Client
+from apprentice.endpoint.replies import Replies
+from apprentice.errors import ConfigError, NoAnswer, WorkError
+from apprentice.params import Agent, Prompt
+from apprentice.play import Spec, play_one
+from apprentice.players.chat import Chat
+from apprentice.players.scripted import Scripted
+from apprentice.policy import Policy
+from apprentice.workers import cores
+from apprentice.world import png
+from apprentice.world.observation import ACTIONS, TILES
+from apprentice.world.world import World
 
 SCRIPTED = ("random", "noop", "expert")
 _TEXT = Prompt(mode="text")
@@ -168,7 +171,7 @@ class Session:
 def _answer(seen: world.Observation, unlocked: tuple, reward: float | None, done: bool, died: bool) -> dict:
     """OpenEnv's form of a step's result (`serialize_observation`)."""
     observation = {
-        "image": base64.b64encode(prompt.png(seen.image)).decode(),
+        "image": base64.b64encode(png.encode(seen.image)).decode(),
         "text": prompt.text(seen, _TEXT),
         "view": [[TILES[code] for code in row] for row in seen.view],
         "vitals": seen.vitals,
@@ -228,7 +231,7 @@ class Rollouts:
     it: neither an address nor a key.
     """
 
-    def __init__(self, endpoints: dict[str, tuple[Player, str]], limits: Limits):
+    def __init__(self, endpoints: dict[str, tuple[Agent, str]], limits: Limits):
         self.endpoints, self.limits = endpoints, limits
         self._clients: dict[str, tuple[Client, Replies]] = {}
         self._running: set[Future] = set()
@@ -259,7 +262,7 @@ class Rollouts:
         model, whose = self.endpoints.get(asked.policy, (None, ""))
         settings = model.prompt if model else Prompt()
         policy = self._chat(asked.policy, model, whose) if model else Scripted(asked.policy)
-        episode = await play_one(_Fair(policy), asked.seed, asked.max_steps, settings, asked.policy)
+        episode = await play_one(_Fair(policy), Spec([asked.seed], asked.max_steps, settings, asked.policy), asked.seed)
         rows = await asyncio.to_thread(lambda: store.to_table(episode).to_pylist())
         return {
             "policy": asked.policy,
@@ -271,7 +274,7 @@ class Rollouts:
             "decisions": [_row(row, asked.images) for row in rows],
         }
 
-    def _chat(self, name: str, model: Player, whose: str) -> Chat:
+    def _chat(self, name: str, model: Agent, whose: str) -> Chat:
         """A new one, which knows what the last ones were answered, so that nothing is paid for twice; the client is one
         for all, so that max_cost_usd holds for them together."""
         if name not in self._clients:
@@ -393,7 +396,7 @@ def _knows(authorization: bytes, key: bytes) -> bool:
     return secrets.compare_digest(given.strip(), key)
 
 
-def application(limits: Limits, key: str | None, endpoints: dict[str, tuple[Player, str]]) -> ASGIApp:
+def application(limits: Limits, key: str | None, endpoints: dict[str, tuple[Agent, str]]) -> ASGIApp:
     """The server. key: what every request but /health must bring; None for none."""
     sessions, rollouts = Sessions(limits), Rollouts(endpoints, limits)
 
@@ -498,7 +501,7 @@ def application(limits: Limits, key: str | None, endpoints: dict[str, tuple[Play
                 if await request.is_disconnected():
                     raise HTTPException(499, "whoever asked for it has gone")
             return playing.result()
-        except Failed as error:
+        except NoAnswer as error:
             raise HTTPException(502, f"{asked.policy}: {error}") from None
         except (ConfigError, WorkError) as error:
             raise HTTPException(503, str(error)) from None

@@ -1,0 +1,1 @@
+"""A stage on a machine that SkyPilot finds, and what a run will take."""

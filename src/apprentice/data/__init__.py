@@ -1,0 +1,1 @@
+"""From traces to rows for fine-tuning: filters, judge, imported chats, chat rows, the order of training."""

@@ -1,0 +1,41 @@
+"""An episode's decisions as rows for fine-tuning, in OpenAI's chat form."""
+
+from apprentice import prompt
+from apprentice.episode import Episode, Given, Step
+from apprentice.params import Prompt
+
+
+def row(episode: Episode, step: Step, settings: Prompt, rationale: bool = False) -> dict:
+    """One decision of an episode as a row for fine-tuning, in OpenAI's chat form, rendered with these settings.
+
+    The answer is what the teacher asked for, whatever exploration made of it; the actions shown as the last ones are
+    those executed. An imported decision is shown as it came, not with these settings. rationale: with what it said
+    before its tool call.
+    """
+    if isinstance(step.observation, Given):
+        shown, has_image = prompt.given(step.observation), step.observation.png is not None
+    else:
+        shown, has_image = prompt.messages(step.observation, settings, step.history), settings.mode != "text"
+    # A call written as text (Hermes) stands in the content too, and is not to be said twice.
+    words = (step.reply.message.get("content") or "").split("<tool_call>")[0].strip() if rationale else ""
+    return {
+        "messages": [*shown, prompt.answer(step.asked, words or None)],
+        "tools": prompt.TOOLS,
+        "metadata": {
+            "episode_id": episode.id,
+            "step": step.step,
+            "seed": episode.seed,
+            "has_image": has_image,
+            "teacher": episode.agent,
+            "model": step.reply.model,
+        },
+    }
+
+
+def characters(messages: list[dict]) -> int:
+    """How much text a chat has, pictures not counted."""
+    contents = [message["content"] for message in messages]
+    texts = [part["text"] for content in contents if isinstance(content, list) for part in content if "text" in part]
+    texts += [content for content in contents if isinstance(content, str)]
+    calls = [call["function"]["arguments"] for message in messages for call in message.get("tool_calls", ())]
+    return sum(map(len, texts + calls))

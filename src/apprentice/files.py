@@ -1,0 +1,64 @@
+"""Files that are there whole or not at all, their digests, and locks that processes wait for."""
+
+import fcntl
+import hashlib
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Where to write a file or a folder that takes the place of `path` when the `with` ends well.
+
+    What is given is a path beside it that does not exist yet. After an error, or a kill, `path` is as it was.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.partial")
+    remove(unfinished)
+    try:
+        yield unfinished
+    except BaseException:
+        remove(unfinished)
+        raise
+    if path.is_dir():
+        shutil.rmtree(path)
+    unfinished.replace(path)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder, if it is there."""
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+
+
+def digest(path: Path) -> str:
+    """The SHA-256 of a file, or of all files of a folder with their names."""
+    hashed = hashlib.sha256()
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    for file in files:
+        hashed.update(f"{file.relative_to(path)}\0{file.stat().st_size}\0".encode())
+        with file.open("rb") as data:
+            while chunk := data.read(1 << 20):
+                hashed.update(chunk)
+    return hashed.hexdigest()
+
+
+@contextmanager
+def locked(path: Path, waiting: str, inherited: bool = False) -> Iterator[None]:
+    """Hold the lock of this name; while another process has it, say `waiting` once and wait.
+
+    inherited: programs that this process starts keep the lock until they end, even after this process is killed. The
+    package filelock keeps its descriptor to itself, so it cannot do that.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(waiting, file=sys.stderr, flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        os.set_inheritable(file.fileno(), inherited)
+        yield

@@ -1,0 +1,93 @@
+"""dvc.yaml's dependencies on code, written by the rule of fingerprint.py: `make deps`."""
+
+import re
+import textwrap
+from pathlib import Path
+
+from ruamel.yaml import YAML
+
+from apprentice.fingerprint import COMPUTING, PACKAGE, shaping
+
+ROOT = PACKAGE.parent.parent
+PIPELINE, LOCK, VERSIONS = ROOT / "dvc.yaml", ROOT / "requirements.lock", PACKAGE / "versions.yaml"
+_WIDTH = 120
+
+
+def main() -> None:
+    """Bring dvc.yaml and versions.yaml up to date."""
+    VERSIONS.write_text(versions())
+    PIPELINE.write_text(written(PIPELINE.read_text()))
+
+
+def versions() -> str:
+    """versions.yaml: the libraries that compute, with their versions in requirements.lock."""
+    pinned = dict(re.findall(r"^([\w.-]+)==([^\s;]+)", LOCK.read_text(), re.MULTILINE))
+    lines = [f"{library}: {pinned[library]!r}" for library in sorted(set(COMPUTING.values()))]
+    head = "# Libraries that compute, as requirements.lock pins them. A stage depends on those it uses. By make deps."
+    return "\n".join([head, *lines]) + "\n"
+
+
+def stages(tree: dict) -> dict[str, dict]:
+    """The stages of a dvc.yaml by name, those of a foreach as its template."""
+    return {name: stage.get("do", stage) for name, stage in tree["stages"].items()}
+
+
+def file_of(stage: dict) -> Path:
+    """The file that a stage runs."""
+    return ROOT / re.match(r"python (stages/\w+\.py)", stage["cmd"])[1]
+
+
+def code_of(name: str, stage: dict) -> tuple[list[str], list[str]]:
+    """The paths of the code that shapes a stage's outputs, whole rooms as folders, and the libraries it computes with.
+
+    A player is left to dvc.yaml, which names it after the policy in params.yaml.
+    """
+    files, libraries = shaping(file_of(stage))
+    files = set(files) | ({PACKAGE / "params.py", PACKAGE / "schema.py"} if name == "settings" else set())
+    for room in sorted(path for path in PACKAGE.iterdir() if path.is_dir()):
+        inside = {file for file in room.rglob("*") if file.is_file() and "__pycache__" not in file.parts}
+        if inside and inside <= files:
+            files = files - inside | {room}
+    return sorted(str(path.relative_to(ROOT)) for path in files), list(libraries)
+
+
+def written(text: str) -> str:
+    """A dvc.yaml with its dependencies on code and libraries as they have to be; all else stays as it is."""
+    for name, stage in stages(YAML(typ="safe").load(text)).items():
+        code, libraries = code_of(name, stage)
+        others = [path for path in stage["deps"] if "$" in path or not path.startswith(("src/", "stages/"))]
+        params = [param for param in stage.get("params", []) if isinstance(param, str)]
+        if libraries:
+            params.append({str(VERSIONS.relative_to(ROOT)): libraries})
+        begins = re.search(rf"^  {name}:\n", text, re.MULTILINE).end()
+        ends = begins + re.search(r"^  ?\w|^\w|\Z", text[begins:], re.MULTILINE).start()
+        body = _with(text[begins:ends], "deps", [*code, *others])
+        body = _with(body, "params", params) if params else body
+        text = text[:begins] + body + text[ends:]
+    return text
+
+
+def _with(stage: str, key: str, items: list) -> str:
+    """A stage's text with this list under the key: in square brackets, as many items to a line as fit."""
+    found = re.search(rf"^( +){key}:.*\n(?:\1 .*\n)*", stage, re.MULTILINE)
+    indent = found[1]
+    lines = textwrap.wrap(
+        f"{key}: [{', '.join(map(_shown, items))}]",
+        _WIDTH,
+        initial_indent=indent,
+        subsequent_indent=indent + "  ",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    return stage[: found.start()] + "\n".join(lines) + "\n" + stage[found.end() :]
+
+
+def _shown(item) -> str:
+    """An item of a list in YAML's flow style."""
+    if isinstance(item, dict):
+        return "".join(f"{{{key}: [{', '.join(values)}]}}" for key, values in item.items())
+    return f'"{item}"' if "$" in item else item
+
+
+if __name__ == "__main__":
+    main()

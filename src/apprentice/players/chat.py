@@ -1,0 +1,206 @@
+"""A model behind an endpoint as a teacher: many episodes at once, and every reply is kept, for it was paid for.
+
+An episode that was interrupted is played again from the kept replies, which costs nothing since the world is
+deterministic, and goes on from there. A reply is known by all that was shown for it: what changes no prompt, such as
+more steps an episode or other code, pays for nothing again.
+"""
+
+import asyncio
+import gc
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import uvloop
+from tqdm import tqdm
+
+from apprentice import prompt, store
+from apprentice.endpoint.client import Client
+from apprentice.endpoint.replies import Replies, shown_digest
+from apprentice.episode import Reply
+from apprentice.errors import NoAnswer, OutOfMoney, WorkError
+from apprentice.fingerprint import fingerprint
+from apprentice.params import Endpoint
+from apprentice.play import Spec, play_one
+from apprentice.policy import Turn
+
+
+class Chat:
+    """The policy. What its endpoint does wrong for good (client.Failed) ends that one episode."""
+
+    def __init__(self, name: str, client: Client, replies: Replies):
+        self.name, self.client, self.replies = name, client, replies
+        self.kept = replies.decisions()
+        """How many decisions of each seed have been answered before; `replies` belongs to this process alone."""
+        self.costs: dict[int, float | None] = {}
+        """Dollars of each episode's replies, by its seed; None without a price."""
+        self.going_on = asyncio.Lock()
+        self.stopped: WorkError | None = None
+        """Why nothing may be asked any more; replies under way are still waited for and kept."""
+
+    def begin(self, seed: int) -> "_ChatPlayer":
+        self.costs[seed] = 0.0
+        return _ChatPlayer(self, seed)
+
+
+class _ChatPlayer:
+    def __init__(self, policy: Chat, seed: int):
+        self.policy, self.seed, self.decision = policy, seed, 0
+
+    async def reply(self, turn: Turn) -> Reply:
+        messages = turn.messages
+        reply, cost = await self._reply(messages, shown_digest(messages, prompt.TOOLS))
+        self.decision += 1
+        total = self.policy.costs[self.seed]
+        self.policy.costs[self.seed] = None if cost is None or total is None else total + cost
+        return reply
+
+    async def _reply(self, messages: list[dict], shown: str) -> tuple[Reply, float | None]:
+        policy = self.policy
+        known = self.decision < policy.kept.get(self.seed, 0)
+        if known and (kept := policy.replies.get(self.seed, self.decision, shown)):
+            await asyncio.sleep(0)  # the others' turn: a whole episode may be kept
+            return kept
+        if policy.stopped:
+            raise policy.stopped
+        answer = await policy.client.complete(messages, prompt.TOOLS)
+        reply = Reply(
+            answer.message, answer.finish_reason, answer.model, answer.prompt_tokens, answer.completion_tokens
+        )
+        policy.replies.add(self.seed, self.decision, shown, reply, answer.cost, answer.seconds)
+        # One goes on to its next request in each turn of the event loop. If all that wait did, the first one's request
+        # would leave, a task of its own, only when the last one's is ready: the endpoint would idle meanwhile.
+        async with policy.going_on:
+            await asyncio.sleep(0)
+        return reply, answer.cost
+
+    def end(self) -> None:
+        pass
+
+
+def record(spec: Spec, endpoint: Endpoint, code: str, whose: str) -> Iterator[bytes]:
+    """The episodes of a spec (`store.to_bytes`) in the order of its seeds; what isn't there yet is played first.
+
+    code: the digest of what turns replies into episodes. whose: where the endpoint's settings stand, for error
+    messages. Raises ConfigError when the endpoint refuses the key or the model, WorkError when too many episodes have
+    failed or the money is spent; a later run goes on in every case.
+    """
+    name, seeds = spec.agent, spec.seeds
+    with Replies(name, endpoint.asked, alone=True) as replies:
+        client = Client(endpoint, whose, replies.spent() or 0.0)
+        policy, run = Chat(name, client, replies), _run(spec, endpoint)
+        finished, failures = replies.finished(run, code), {}
+        missing = [seed for seed in seeds if seed not in finished]
+        with tqdm(total=len(seeds), desc=name, unit="episode", mininterval=1) as bar:
+            bar.update(len(seeds) - len(missing))
+
+            def ended(seed: int, result: bytes | NoAnswer) -> None:
+                if isinstance(result, bytes):
+                    replies.ended(run, seed, policy.costs[seed], code, result)
+                else:
+                    failures[seed] = str(result)
+                    replies.failed(run, seed, failures[seed])
+                    if len(failures) > max(1, endpoint.max_failure_rate * len(seeds)):
+                        policy.stopped = _too_many(spec, endpoint, failures)
+                spent = f", ${client.spent:.4f} spent" if client.price else ""
+                bar.set_postfix_str(f"{len(failures)} failed{spent}", refresh=False)
+                bar.update()
+
+            play = _play(policy, spec, missing, ended)
+            with _garbage_collected_seldom():
+                uvloop.run(play)  # a tenth faster than asyncio's own loop
+        if policy.stopped:
+            raise policy.stopped
+        if len(failures) > endpoint.max_failure_rate * len(seeds) or len(failures) == len(seeds):
+            raise _too_many(spec, endpoint, failures)
+        if failures:
+            print(f"{name}: left out, for the next run to try again: {_counted(failures)}", file=sys.stderr)
+        yield from replies.records(run, (seed for seed in seeds if seed not in failures))
+
+
+@contextmanager
+def _garbage_collected_seldom() -> Iterator[None]:
+    """A tenth of the time went into looking again and again at all that was imported and played."""
+    thresholds = gc.get_threshold()
+    gc.freeze()
+    gc.set_threshold(10_000, 20, 100)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*thresholds)
+        gc.unfreeze()
+
+
+async def _play(policy: Chat, spec: Spec, seeds: list[int], ended: Callable[[int, bytes | NoAnswer], None]) -> None:
+    """Play an episode on each of these seeds, so many at once, each at its own pace; the first ConfigError ends all."""
+    waiting = iter(seeds)
+
+    async def one_after_the_other() -> None:
+        for seed in waiting:
+            if policy.stopped:
+                break
+            try:
+                episode = await play_one(policy, spec, seed)
+                # In a thread: it takes a millisecond a decision, and the others shall go on.
+                result = await asyncio.to_thread(store.to_bytes, episode)
+            except NoAnswer as error:
+                result = error
+            except OutOfMoney as error:
+                policy.stopped = error
+                break
+            ended(seed, result)
+
+    try:
+        async with policy.client, asyncio.TaskGroup() as group:
+            for _ in range(min(policy.client.endpoint.concurrency, len(seeds))):
+                group.create_task(one_after_the_other())
+    except BaseExceptionGroup as errors:
+        raise errors.exceptions[0] from None
+
+
+def cost(spec: Spec, endpoint: Endpoint) -> tuple[float | None, float | None]:
+    """Dollars for the finished episodes of a spec, and for all replies; None without a price."""
+    with Replies(spec.agent, endpoint.asked) as replies:
+        finished = replies.finished(_run(spec, endpoint))
+        costs = [finished[seed] for seed in spec.seeds if seed in finished]
+        return None if None in costs else sum(costs), replies.spent()
+
+
+def status(spec: Spec, endpoint: Endpoint) -> str:
+    """What there is, in a few lines; plays nothing and needs no key."""
+    seeds, run = spec.seeds, _run(spec, endpoint)
+    with Replies(spec.agent, endpoint.asked) as replies:
+        finished, failures, kept = replies.finished(run), replies.failures(run), replies.decisions()
+        spent = replies.spent()
+    begun = {seed: kept[seed] for seed in seeds if seed in kept and seed not in finished}
+    failed = {seed: failures[seed] for seed in seeds if seed in failures}
+    lines = [
+        f"{spec.agent}: {len(finished.keys() & set(seeds))} of {len(seeds)} episodes done; {len(begun)} unfinished, "
+        f"with {sum(begun.values())} decisions; {len(failed)} failed",
+        f"{sum(kept.values())} replies for " + ("an unknown price" if spent is None else f"${spent:.4f}"),
+    ]
+    return "\n".join(lines + ([f"failed: {_counted(failed)}"] if failed else []))
+
+
+def _run(spec: Spec, endpoint: Endpoint) -> str:
+    """A name for how the episodes are played, whatever it may cost and however fast it goes."""
+    settings = {"max_steps": spec.max_steps, "explore": spec.explore, "prompt": spec.prompt.model_dump(mode="json")}
+    if spec.opening:
+        settings["opening"] = spec.opening
+    return fingerprint(agent=spec.agent, teacher=settings, endpoint=endpoint.asked)
+
+
+def _too_many(spec: Spec, endpoint: Endpoint, failures: dict[int, str]) -> WorkError:
+    return WorkError(
+        f"{spec.agent}: {len(failures)} of {len(spec.seeds)} episodes failed, and max_failure_rate is "
+        f"{endpoint.max_failure_rate:g}: {_counted(failures)}. Their replies are kept; run again to "
+        "try the rest"
+    )
+
+
+def _counted(failures: dict[int, str]) -> str:
+    """The reasons, the commonest first, with how often and for example where."""
+    seeds = {reason: seed for seed, reason in failures.items()}
+    counts = Counter(failures.values()).most_common(3)
+    return "; ".join(f"{number} × {reason} (seed {seeds[reason]})" for reason, number in counts)

@@ -1,0 +1,1 @@
+"""The student as a player: in this process, or on vLLM."""

@@ -1,0 +1,68 @@
+"""How a stage begins and ends: its command line, its exit code, its metrics and plots."""
+
+import csv
+import functools
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import typer
+
+from apprentice import compute
+from apprentice.errors import guarded
+from apprentice.files import replacing
+from apprentice.workers import cores
+
+
+def run(main: Callable[..., None], timed: bool = True) -> None:
+    """Run a stage's main() as a command line. An error of ours is one message, any other a traceback.
+
+    timed: how long the stage took goes to metrics/times/<stage>.json (<stage>-<key>.json where there are several). Each
+    stage but the report has that file as an output. It differs from run to run, so only the report may depend on it.
+
+    If compute.yaml sends the stage elsewhere, this process becomes `apprentice launch` instead.
+    """
+    application = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+    @application.command()
+    @functools.wraps(main)
+    def stage(**arguments) -> None:
+        began = time.monotonic()
+        main(**arguments)
+        if not timed:
+            return
+        name = "-".join([Path(sys.argv[0]).stem, *(str(value) for value in arguments.values() if value)])
+        write_metrics(f"times/{name}", {"seconds": round(time.monotonic() - began, 1), "cores": cores()})
+
+    guarded(_elsewhere)
+    guarded(application)
+
+
+def _elsewhere() -> None:
+    stage, *arguments = Path(sys.argv[0]).stem, *sys.argv[1:]
+    if compute.runs_elsewhere(stage) and "--help" not in arguments:
+        # As a program: what decides where a stage runs is no part of the stage, and no dependency of it.
+        os.execv(sys.executable, [sys.executable, "-m", "apprentice.cli", "launch", stage, *arguments])
+
+
+def write_metrics(name: str, values: dict) -> None:
+    """Write metrics/<name>.json."""
+    with replacing(Path(f"metrics/{name}.json")) as path:
+        path.write_text(json.dumps(values, indent=2) + "\n")
+
+
+def write_plot(name: str, columns: Sequence[str], rows: Iterable[Sequence]) -> None:
+    """Write metrics/plots/<name>.csv, which DVC draws. Floats have six significant digits."""
+    with replacing(Path(f"metrics/plots/{name}.csv")) as path, path.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(columns)
+        writer.writerows([f"{value:.6g}" if isinstance(value, float) else value for value in row] for row in rows)
+
+
+def write_curve(name: str, history: Iterable[dict], columns: dict[str, str]) -> None:
+    """Write as a plot the rows of a trainer's log that have all of these keys: key in the log → name of the column."""
+    rows = ([row["step"], *(float(row[key]) for key in columns)] for row in history if columns.keys() <= row.keys())
+    write_plot(name, ["step", *columns.values()], rows)

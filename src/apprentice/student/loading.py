@@ -1,0 +1,119 @@
+"""The student: a vision-language model and its processor; build the tiny one, load any."""
+
+import ctypes
+from pathlib import Path
+from types import MethodType
+from typing import Literal
+
+import torch
+import trl
+from peft import LoraConfig, PeftModel
+from peft.tuners import lora
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    BitsAndBytesConfig,
+)
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+from apprentice.params import Lora
+from apprentice.student.onednn import product, use_products
+from apprentice.workers import cores
+
+TEMPLATE = (Path(trl.__file__).parent / "chat_templates" / "qwen3_vl_training.jinja").read_text()
+"""TRL's training variant of Qwen3-VL's chat template: the same text, and it knows which tokens are the answer."""
+
+
+def processor(folder: Path | str):
+    """What turns chats and pictures into a model's inputs."""
+    found = AutoProcessor.from_pretrained(folder)
+    found.chat_template = found.tokenizer.chat_template = TEMPLATE
+    return found
+
+
+def load(
+    folder: Path | str,
+    adapter: Path | str | None = None,
+    dtype: str = "float32",
+    trainable: bool = False,
+    quantization: Literal["nf4"] | None = None,
+):
+    """A model of Hugging Face's form, with a PEFT adapter if one is given. Returns (model, processor).
+
+    quantization: hold the linear layers' weights in 4 bits, for QLoRA.
+    """
+    how = {"dtype": getattr(torch, dtype)}
+    if quantization:
+        how["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=quantization,
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=how["dtype"],
+            # On a CPU widths have to be multiples of 64, which that of the tiny student's tower isn't.
+            llm_int8_skip_modules=None if torch.cuda.is_available() else ["model.visual", "lm_head"],
+        )
+    if not torch.cuda.is_available():
+        keep_freed_memory()
+    elif not is_deepspeed_zero3_enabled():  # which places the weights itself
+        how["device_map"] = {"": torch.cuda.current_device()}
+    model = AutoModelForImageTextToText.from_pretrained(folder, **how)
+    if not torch.cuda.is_available():
+        use_products(model)
+    if adapter:
+        model = fold(PeftModel.from_pretrained(model, adapter, is_trainable=trainable))
+        # The adapter may name a model of the hub; PEFT would ask there for its vocabulary whenever it saves.
+        model.peft_config["default"].base_model_name_or_path = str(folder)
+    return model.eval(), processor(folder)
+
+
+def lora_config(lora: Lora) -> LoraConfig:
+    """PEFT's form of the settings."""
+    targets = lora.target_modules
+    return LoraConfig(
+        exclude_modules=None if lora.vision else r".*visual.*",
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=targets if isinstance(targets, str) else list(targets),
+        task_type="CAUSAL_LM",
+    )
+
+
+def fold(model):
+    """On a CPU, let LoRA layers compute (W + scaling·B·A)·x as one product; the same function but for rounding.
+
+    PEFT's three products of a layer as narrow as the tiny student's take half as long again. With dropout, which acts
+    between them, and on GPUs, where layers are wide and ranks small, they stay. Returns the model.
+    """
+    layers = [module for module in model.modules() if isinstance(module, lora.Linear)]
+    dropout = any(isinstance(part, torch.nn.Dropout) for layer in layers for part in layer.lora_dropout.values())
+    for layer in [] if dropout or torch.cuda.is_available() else layers:
+        layer.forward = MethodType(_folded, layer)
+    return model
+
+
+def _folded(layer: lora.Linear, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+    base = layer.get_base_layer()
+    if layer.disable_adapters or layer.merged:
+        return base(x)
+    weight = base.weight
+    for name in layer.active_adapters:
+        if name in layer.scaling:
+            weight = weight + layer.get_delta_weight(name)
+    return product(x, weight, base.bias)
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep what is freed for the next use; it gives large blocks back to the system at once.
+
+    Getting them again, zeroed page by page, takes a fifth of the time of play and training on a CPU.
+    """
+    if hasattr(library := ctypes.CDLL(None), "mallopt"):
+        m_trim_threshold, m_mmap_threshold, most = -1, -3, 1 << 30
+        library.mallopt(m_mmap_threshold, most)
+        library.mallopt(m_trim_threshold, most)
+
+
+def use_all_cores() -> None:
+    """Let torch compute on every core that this process may use; its own default is not always that."""
+    torch.set_num_threads(cores())

@@ -1,0 +1,1 @@
+"""Pretraining, SFT and RL: trainers, rollouts, rewards, advantages, the ranks they run in."""

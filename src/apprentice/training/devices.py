@@ -1,0 +1,101 @@
+"""The ranks of a training stage: one process for each GPU, or for each core where there is none."""
+
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable
+
+import torch
+from torch import multiprocessing
+
+from apprentice.errors import ConfigError, WorkError, fail
+from apprentice.workers import cores, end_with_parent
+
+_LEAST = 8
+"""Rows of a batch that a core should have: below that a step is all overhead."""
+
+
+def layout(batch_size: int, micro_batch_size: int, most: int | None = None) -> tuple[int, int, int]:
+    """(ranks, rows at once on each, steps of accumulation) that make up a batch of this size on this machine.
+
+    The product is always batch_size, so that the same settings train alike on any number of devices.
+    most: ranks, where there is no work for more.
+    """
+    devices = torch.cuda.device_count() or max(1, min(cores(), batch_size // _LEAST))
+    devices = min(devices, most or devices)
+    ranks = next(count for count in range(devices, 0, -1) if batch_size % count == 0)
+    share = batch_size // ranks
+    accumulation = next(
+        count for count in range(1, share + 1) if share % count == 0 and share // count <= micro_batch_size
+    )
+    return ranks, share // accumulation, accumulation
+
+
+def readers() -> int:
+    """How many processes prepare the rows of this rank: none without a GPU, where all cores train.
+
+    Four keep up with an H200 several times over (benchmarks/sft_data.py).
+    """
+    share = cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return min(4, max(1, share - 1)) if torch.cuda.is_available() else 0
+
+
+def launch(work: Callable[..., None], ranks: int, *args, group: bool = False, relief: str = "") -> None:
+    """Run work(*args) once in each rank, in this process if there is just one.
+
+    torch, accelerate and TRL find their rank in the environment, as torchrun would set it. The first rank that fails
+    ends the others, and this process with the same exit code or its error. No rank outlives this process.
+
+    group: make a process group of one rank too, as DeepSpeed wants. relief: what to say would help when memory is full.
+    """
+    if ranks == 1 and not group:
+        torch.set_num_threads(cores())
+        _work(work, relief, args)
+        return
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.start_processes(
+        _rank, (work, ranks, port, relief, args), ranks, join=False, start_method="spawn"
+    )
+    try:
+        while not context.join():
+            pass
+    except multiprocessing.ProcessExitedException as error:
+        if error.exit_code > 0:
+            sys.exit(error.exit_code)  # it has said why
+        name = signal.Signals(-error.exit_code).name
+        message = f"rank {error.error_index} was ended by {name}"
+        if name == "SIGKILL":
+            message += f"; that may mean that the machine's memory was full. {relief}"
+        raise WorkError(message.rstrip(". ")) from None
+    finally:
+        for process in context.processes:
+            process.kill()
+
+
+def _rank(rank: int, work: Callable[..., None], ranks: int, port: int, relief: str, args: tuple) -> None:
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    os.environ |= {name: str(rank) for name in ("RANK", "LOCAL_RANK")}
+    os.environ |= {name: str(ranks) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+    torch.set_num_threads(max(1, cores() // ranks))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(rank)
+    try:
+        _work(work, relief, args)
+    except (ConfigError, WorkError) as error:
+        fail(error)
+
+
+def _work(work: Callable[..., None], relief: str, args: tuple) -> None:
+    """work(*args); a full memory becomes a WorkError that says what would help."""
+    try:
+        work(*args)
+    except RuntimeError as error:  # torch.OutOfMemoryError is one; on the CPU it's this and no other
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        where = f"rank {os.environ['RANK']}'s memory" if "RANK" in os.environ else "memory"
+        raise WorkError(f"{where} is full ({str(error).splitlines()[0]}). {relief}".rstrip()) from None

@@ -1,0 +1,108 @@
+"""Chat rows as training examples: surveyed once, encoded when asked for."""
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import Dataset
+from tqdm import tqdm
+
+from apprentice.cache import cache_folder
+from apprentice.data.dataset import Jsonl
+from apprentice.student import loading
+from apprentice.student.encoding import batch, encode_all, length
+from apprentice.workers import in_processes
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What is known of a file's rows without encoding them."""
+
+    places: np.ndarray
+    """int64 (rows,): the byte at which each begins."""
+    lengths: np.ndarray
+    """int32 (rows,): tokens."""
+    teachers: list[dict]
+    """Who taught them: teacher, model, rows and episodes of each."""
+
+
+def survey(path: Path, base: Path, name: str) -> Survey:
+    """Go through a file's rows once, on all cores; the result is kept in the user's cache.
+
+    base: the folder of the student's base model. name: names all that the result depends on.
+    """
+    folder = cache_folder() / "rows"
+    rows, teachers = folder / f"{name}.npy", folder / f"{name}.json"
+    if not rows.exists():
+        size = path.stat().st_size
+        calls = [(path, base, first, min(first + _PART, size)) for first in range(0, size, _PART)]
+        # To start processes takes longer than to go through a small file.
+        found = in_processes(_survey_part, calls) if size > _ALONE else (_survey_part(*call) for call in calls)
+        parts = list(tqdm(found, path.name, len(calls), unit="part", mininterval=1))
+        parts.sort(key=lambda part: part[0])
+        counts, episodes = Counter(), defaultdict(set)
+        for _, _, counted, seen in parts:
+            counts += counted
+            for key, ids in seen.items():
+                episodes[key] |= ids
+        known = [
+            {"teacher": teacher, "model": model, "rows": counts[teacher, model], "episodes": len(ids)}
+            for (teacher, model), ids in sorted(episodes.items(), key=str)
+        ]
+        folder.mkdir(parents=True, exist_ok=True)
+        teachers.write_text(json.dumps(known))
+        partial = rows.with_suffix(".partial")
+        with partial.open("wb") as file:
+            np.save(file, np.concatenate([part[1] for part in parts]) if parts else np.empty(0, _ROW))
+        partial.replace(rows)
+    table = np.load(rows, mmap_mode="r")
+    return Survey(table["place"], table["tokens"], json.loads(teachers.read_text()))
+
+
+_PART = 16 << 20
+_ALONE = 256 << 20
+_ROW = np.dtype([("place", np.int64), ("tokens", np.int32)])
+
+
+def _survey_part(path: Path, base: Path, first: int, last: int) -> tuple[int, np.ndarray, Counter, dict]:
+    """Of the lines that begin in bytes first to last: first, the rows, their number and episodes by teacher."""
+    processor, rows, counts, episodes = _processor(base), [], Counter(), defaultdict(set)
+    with path.open("rb") as file:
+        file.seek(max(0, first - 1))
+        place = first + len(file.readline()) - 1 if first else 0
+        while place < last:
+            line = file.readline()
+            row = json.loads(line)
+            rows.append((place, length(processor, row["messages"])))
+            teacher = row["metadata"]["teacher"], row["metadata"]["model"]
+            counts[teacher] += 1
+            episodes[teacher].add(row["metadata"]["episode_id"])
+            place += len(line)
+    return first, np.array(rows, _ROW), counts, episodes
+
+
+_processor = lru_cache(loading.processor)
+
+
+class Rows:
+    """Chat rows of a JSONL file, encoded when asked for."""
+
+    def __init__(self, path: Path, processor, places: np.ndarray, chosen: np.ndarray):
+        """places: where each row begins. chosen: which rows, in the order in which they are to be given."""
+        self.processor, self._rows = processor, Jsonl(path, places)
+        self.dataset = Dataset.from_dict({"row": chosen}).with_transform(self._encode)
+        """What TRL takes; a row is encoded when it is asked for."""
+
+    def _encode(self, chosen: dict) -> dict:
+        encoded = encode_all(self.processor, [self._rows[index]["messages"] for index in chosen["row"]])
+        # TRL takes the data set for one with pictures if a row has the key `images`.
+        return {"images": [row.image_grid_thw for row in encoded], "encoded": encoded}
+
+    def collate(self, rows: Sequence[dict]) -> dict[str, torch.Tensor]:
+        """Model inputs and labels. TRL's own collator for VLMs would leave the tools out of the prompt."""
+        return batch(self.processor, [row["encoded"] for row in rows])

@@ -1,0 +1,164 @@
+"""RL's episodes: shared out among the ranks, kept in the ledger as they end, read back by every rank."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from apprentice import store
+from apprentice.episode import Episode, Step
+from apprentice.errors import WorkError
+from apprentice.ledger import Ledger
+from apprentice.params import Prompt
+from apprentice.play import Spec, play
+from apprentice.policy import Policy, Turn
+from apprentice.serving.in_process import InProcess, Sample, shown
+from apprentice.student.encoding import Encoded
+
+_SAMPLE = pa.schema(
+    [
+        pa.field("answer_ids", pa.list_(pa.int32())),
+        pa.field("logprobs", pa.list_(pa.float64())),
+        pa.field("hidden", pa.list_(pa.float32())),
+    ]
+)
+"""What a trainer needs of a reply, beside a trace's columns; the prompt's tokens follow from what was observed."""
+
+
+def play_share(
+    policy: Callable[[int], Policy],
+    spec: Spec,
+    ledger: Ledger,
+    rank: int = 0,
+    ranks: int = 1,
+    complete: Callable[[Episode], Episode] = lambda episode: episode,
+) -> dict[int, Episode]:
+    """Play those episodes of a rank's share that the ledger lacks; returns them by their place in the spec's seeds.
+
+    policy(place): a policy whose draws depend on the place, so that they are the same whatever was played before. The
+    spec's fingerprint and the place are an episode's key in the ledger. If one of an in-process policy's company is
+    missing, the company is played again as a whole. Episodes of other policies are independent of each other.
+    complete: what is done with an episode that has ended before it's kept.
+    """
+    seeds, name, together = spec.seeds, spec.fingerprint, spec.together
+    done = ledger.keys()
+    missing = [
+        place for place in range(len(seeds)) if place // together % ranks == rank and f"{name} {place}" not in done
+    ]
+    if not missing:
+        return {}
+    if isinstance(policy(missing[0]), InProcess):
+        starts = sorted({place // together * together for place in missing})
+        companies = [range(start, min(start + together, len(seeds))) for start in starts]
+        parties = ((company, policy(company[0])) for company in companies)
+    else:
+        parties = iter([(missing, _Apart(map(policy, missing)))])
+    played = {}
+
+    def keep(company: Sequence[int], at: int, episode: Episode) -> None:
+        played[company[at]] = complete(episode)
+        ledger.add(f"{name} {company[at]}", to_bytes(played[company[at]]))
+
+    for company, players in parties:
+        play(players, replace(spec, seeds=[seeds[place] for place in company]), partial(keep, company))
+    return played
+
+
+class _Apart:
+    """A policy of its own for each episode, in the order in which they begin."""
+
+    name = "student"
+
+    def __init__(self, policies: Iterator[Policy]):
+        self._policies = policies
+
+    def begin(self, seed: int):
+        return next(self._policies).begin(seed)
+
+
+def read(ledger: Ledger, name: str, places: Iterable[int]) -> Iterator[Episode]:
+    """Episodes of this name, in order, with what a trainer needs of their replies."""
+    for data in ledger.records(f"{name} {place}" for place in places):
+        rows = pa.ipc.open_stream(data).read_all().to_pylist()
+        episode = store.from_rows(rows)
+        steps = [
+            replace(step, reply=replace(step.reply, sample=_sample(row)))
+            for step, row in zip(episode.steps, rows, strict=True)
+        ]
+        yield replace(episode, steps=tuple(steps))
+
+
+def to_bytes(episode: Episode) -> bytes:
+    """The episode as a compressed Arrow stream, with what a trainer needs of its replies."""
+    samples = [step.reply.sample for step in episode.steps]
+    columns = [
+        [sample.encoded.answer_ids for sample in samples],
+        [sample.logprobs for sample in samples],
+        [sample.hidden for sample in samples],
+    ]
+    table = store.to_table(episode)
+    for field, values in zip(_SAMPLE, columns, strict=True):
+        table = table.append_column(field, pa.array(values, field.type))
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer:
+        writer.write_table(table)
+    return sink.getvalue().to_pybytes()
+
+
+def _sample(row: dict) -> Sample:
+    hidden = None if row["hidden"] is None else np.array(row["hidden"], np.float32)
+    return Sample(Encoded([], row["answer_ids"], None, None), row["logprobs"], hidden)
+
+
+def encoded(steps: Sequence[Step], settings: Prompt, processor) -> list[Encoded]:
+    """What was shown and answered, as the model takes it; rendered here for decisions that were read back, or served.
+
+    Raises WorkError if a server was shown something else.
+    """
+    found = [step.reply.sample.encoded for step in steps]
+    lacking = [
+        place
+        for place, known in enumerate(found)
+        if not known.prompt_ids or (known.pixel_values is None and settings.mode != "text")
+    ]
+    turns = [Turn(steps[place].observation, steps[place].history, settings) for place in lacking]
+    for place, here in zip(lacking, shown(processor, turns) if turns else [], strict=True):
+        known = found[place]
+        if known.prompt_ids and known.prompt_ids != here.prompt_ids:
+            raise WorkError(
+                "the vLLM server renders other prompts than training does: it has another model or another chat "
+                "template; let it serve models/base with the flags of apprentice.serve"
+            )
+        found[place] = replace(here, answer_ids=known.answer_ids)
+    return found
+
+
+SCHEMA = pa.schema(
+    [*store.SCHEMA, pa.field("advantage", pa.float64()), pa.field("iteration", pa.int32())], store.SCHEMA.metadata
+)
+"""A trace's columns, and what RL made of each decision."""
+
+
+def write(path: Path, episodes: Iterable[tuple[Episode, np.ndarray]], iteration: int) -> None:
+    """Write some episodes of an iteration with their advantages; an episode is called ITERATION-SEED-MEMBER."""
+    tables = []
+    for member, (episode, advantages) in enumerate(episodes):
+        named = replace(episode, agent="rl", name=f"{iteration}-{episode.seed}-{member}")
+        table = store.to_table(named).append_column("advantage", pa.array(advantages, pa.float64()))
+        tables.append(table.append_column("iteration", pa.array([iteration] * len(advantages), pa.int32())))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".partial")
+    pq.write_table(pa.concat_tables(tables).cast(SCHEMA), unfinished, compression="zstd")
+    unfinished.replace(path)
+
+
+def join(parts: Iterable[Path], path: Path) -> None:
+    """Write the episodes of several files into one, in this order."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with pq.ParquetWriter(path, SCHEMA, compression="zstd") as writer:
+        for part in parts:
+            writer.write_table(pq.read_table(part, schema=SCHEMA))

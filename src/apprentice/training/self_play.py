@@ -1,0 +1,214 @@
+"""The student's own play in RL: in all ranks, kept in the ledger, played ahead where that is asked for.
+
+What is played does not depend on the number of ranks, nor on when a run was killed.
+"""
+
+import hashlib
+import json
+import shutil
+import threading
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file
+
+from apprentice.episode import Episode
+from apprentice.files import replacing
+from apprentice.ledger import Ledger
+from apprentice.params import Profile
+from apprentice.play import Spec
+from apprentice.student.encoding import batch
+from apprentice.training import rollouts
+from apprentice.training.reward import rewards
+from apprentice.training.rl import RlTrainer
+from apprentice.training.sampler import Sampler
+from apprentice.world.observation import ACTIONS
+
+
+class SelfPlay:
+    """Plays with the policy as the trainer has it. Every rank calls every method, in the same order."""
+
+    def __init__(self, trainer: RlTrainer, sampler: Sampler, profile: Profile, folder: Path):
+        """folder: the run's, in the cache; its name is the fingerprint of all that shapes the run."""
+        self.trainer, self.sampler, self.profile, self.folder = trainer, sampler, profile, folder
+        self.rl, self._ahead = profile.rl, None
+
+    def episodes(self, iteration: int) -> list[Episode]:
+        """An iteration's groups, in order, played with the policy as it is now."""
+        return self._play("train", iteration, self._seeds(iteration))()
+
+    def played_ahead(self, iteration: int) -> list[Episode] | None:
+        """What `play_ahead` has begun, None if nothing; after a kill it's continued with the policy that began it."""
+        begun, self._ahead = self._ahead, None
+        if begun:
+            return begun()
+        kept = self.folder / "ahead" / str(iteration) / "adapter_model.safetensors"
+        if not self.rl.staleness or not kept.exists():
+            return None
+        model = self._model
+        now = {
+            name: weight.clone() for name, weight in get_peft_model_state_dict(model, adapter_name="default").items()
+        }
+        set_peft_model_state_dict(model, load_file(kept), adapter_name="default")
+        episodes = self.episodes(iteration)
+        set_peft_model_state_dict(model, now, adapter_name="default")
+        return episodes
+
+    def play_ahead(self, iteration: int) -> None:
+        """Begin an iteration's play with the policy as it is, before the iteration before has changed it."""
+        if self._first:
+            folder = self.folder / "ahead"
+            with replacing(folder / str(iteration)) as path:
+                self._model.save_pretrained(path, selected_adapters=["default"])
+            for old in folder.iterdir():
+                if old.name.isdigit() and int(old.name) < iteration - 1:
+                    shutil.rmtree(old)
+        self._ahead = self._play("train", iteration, self._seeds(iteration), ahead=True)
+
+    def evaluate(self, iteration: int) -> None:
+        """Play the held-out worlds after so many iterations; keep the adapter with what it got there."""
+        folder = self.folder / "evaluated" / str(iteration)
+        if folder.exists():
+            return  # before a kill
+        episodes = self._play("evaluation", iteration, list(self.rl.evaluation.seeds))()
+        if not self._first:
+            return
+        steps = [step for episode in episodes for step in episode.steps]
+        found = {
+            "iteration": iteration,
+            "reward": float(np.mean([sum(rewards(episode, self.rl.reward)) for episode in episodes])),
+            "achievements": float(np.mean([len(episode.unlocked) for episode in episodes])),
+            "invalid_rate": float(np.mean([bool(step.invalid) for step in steps])),
+        }
+        with replacing(folder) as path:
+            self._model.save_pretrained(path, selected_adapters=["default"])
+            (path / "evaluation.json").write_text(json.dumps(found))
+
+    @property
+    def _model(self):
+        return self.trainer.accelerator.unwrap_model(self.trainer.model)
+
+    @property
+    def _first(self) -> bool:
+        return self.trainer.is_world_process_zero()
+
+    def _seeds(self, iteration: int) -> list[int]:
+        first = iteration * self.rl.groups
+        places = range(first, first + self.rl.groups)
+        return [self.rl.seeds[place % len(self.rl.seeds)] for place in places for _ in range(self.rl.group_size)]
+
+    def _play(self, purpose: str, iteration: int, seeds: list[int], ahead: bool = False) -> Callable[[], list[Episode]]:
+        """Play these seeds with the policy as it is now, in all ranks, or take the episodes from the ledger.
+
+        Returns a call that gives the episodes. ahead: it's played meanwhile, by a sampler that can.
+        """
+        rl, sampling, accelerator = self.rl, self.profile.sampling, self.trainer.accelerator
+        ours, weights, ledger_name = purpose == "train", _digest(self._model), f"rl-{self.folder.name}"
+        spec = Spec(
+            seeds,
+            rl.max_steps,
+            self.profile.prompt,
+            together=sampling.batch_size,
+            fingerprint=f"{weights} {purpose} {iteration}",
+        )
+        complete = self._with_hidden if rl.advantage == "critic" and ours else lambda episode: episode
+
+        def policy(place: int):
+            numbers = [rl.random_seed, 7, iteration, place, int(ours)]
+            temperature = rl.temperature if ours else sampling.temperature
+            seed = int(np.random.default_rng(numbers).integers(2**62))
+            return self.sampler.policy(temperature, sampling.max_tokens, seed)
+
+        def share() -> dict[int, Episode]:
+            with Ledger(ledger_name) as ledger:
+                rank, ranks = accelerator.process_index, accelerator.num_processes
+                return rollouts.play_share(policy, spec, ledger, rank, ranks, complete)
+
+        self.sampler.wake()
+        self.sampler.update(self._model, iteration)
+        if self._first:
+            with Ledger(ledger_name) as ledger:
+                ledger.forget(weights)
+        accelerator.wait_for_everyone()
+        played: Future[dict[int, Episode]] = Future()
+        if ahead and self.sampler.apart:
+            # Ranks speak to each other in the main thread only; a daemon holds up nobody who ends early.
+            threading.Thread(target=_fulfil, args=(played, share), daemon=True).start()
+        else:
+            played.set_result(share())
+            self.sampler.sleep()
+
+        def episodes() -> list[Episode]:
+            mine = played.result()
+            accelerator.wait_for_everyone()
+            with Ledger(ledger_name) as ledger:
+                others = [place for place in range(len(seeds)) if place not in mine]
+                found = mine | dict(zip(others, rollouts.read(ledger, spec.fingerprint, others), strict=True))
+            accelerator.wait_for_everyone()  # the first rank may go on to other weights, and forget these
+            return [found[place] for place in range(len(seeds))]
+
+        return episodes
+
+    @torch.no_grad()
+    def _with_hidden(self, episode: Episode) -> Episode:
+        """The episode with the hidden states that an engine did not show."""
+        if all(step.reply.sample.hidden is not None for step in episode.steps):
+            return episode
+        trainer, steps = self.trainer, []
+        model, size, processor = (
+            self._model.get_base_model(),
+            trainer.args.per_device_train_batch_size,
+            trainer.processing_class,
+        )
+        for start in range(0, len(episode.steps), size):
+            part = episode.steps[start : start + size]
+            shown = rollouts.encoded(part, self.profile.prompt, processor)
+            inputs = batch(processor, [replace(row, answer_ids=[]) for row in shown])
+            inputs = {name: trainer.to_device(value) for name, value in inputs.items() if name != "labels"}
+            hidden = model.model(**inputs).last_hidden_state[:, -1].float().cpu().numpy()
+            for step, state in zip(part, hidden, strict=True):
+                sample = replace(step.reply.sample, hidden=state)
+                steps.append(replace(step, reply=replace(step.reply, sample=sample)))
+        return replace(episode, steps=tuple(steps))
+
+
+def summary(episodes: Sequence[Episode], reward, seconds: float) -> dict[str, float]:
+    """What an iteration's play was like, for the log."""
+    steps = [step for episode in episodes for step in episode.steps]
+    asked = Counter(action for step in steps for action in step.asked)
+    values = {
+        "reward": np.mean([sum(rewards(episode, reward)) for episode in episodes]),
+        "achievements": np.mean([len(episode.unlocked) for episode in episodes]),
+        "length": np.mean([episode.length for episode in episodes]),
+        "invalid_rate": np.mean([bool(step.invalid) for step in steps]),
+        "decisions": len(steps),
+        "steps_per_second": sum(episode.length for episode in episodes) / seconds,
+    }
+    return values | {f"action/{name}": asked[name] / max(1, asked.total()) for name in ACTIONS}
+
+
+def evaluations(folder: Path) -> list[dict]:
+    """What the held-out worlds gave, by iteration; `folder` / "evaluated" / ITERATION has the adapter."""
+    found = [json.loads(file.read_text()) for file in folder.glob("evaluated/[0-9]*/evaluation.json")]
+    return sorted(found, key=lambda evaluation: evaluation["iteration"])
+
+
+def _fulfil(future: Future, work: Callable[[], object]) -> None:
+    try:
+        future.set_result(work())
+    except BaseException as error:
+        future.set_exception(error)
+
+
+def _digest(model) -> str:
+    """A name for the adapter's weights."""
+    hashed = hashlib.sha256()
+    for name, weight in sorted(get_peft_model_state_dict(model, adapter_name="default").items()):
+        hashed.update(name.encode() + weight.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return hashed.hexdigest()[:16]

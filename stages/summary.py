@@ -1,0 +1,39 @@
+"""summary: the few figures that `dvc metrics diff` and `dvc exp show` have a column for; metrics/summary.json.
+
+dvc repro summary        or: python stages/summary.py
+"""
+
+import csv
+import json
+from pathlib import Path
+
+from apprentice.stage import run, write_metrics
+
+
+def main() -> None:
+    """Write metrics/summary.json: achievement rates in percent, and how data and training went."""
+    benchmark, filtered, sft, rl = (read(name) for name in ("benchmark", "filter", "sft", "rl"))
+    summary = {
+        "kept_decisions": filtered["decisions"]["kept"],
+        "achievement_rate": {name: round(100 * row["achievement_rate"], 2) for name, row in benchmark.items()},
+        "sft_val_loss": round(sft["val_loss"], 4),
+        "sft_agreement": round(agreement(), 4),
+        "rl_held_out_reward": round(rl["held_out_best_reward"], 3),
+    }
+    write_metrics("summary", summary)
+    print("summary: " + ", ".join(f"{name} {rate:.1f}%" for name, rate in summary["achievement_rate"].items()))
+
+
+def read(name: str) -> dict:
+    return json.loads(Path(f"metrics/{name}.json").read_text())
+
+
+def agreement() -> float:
+    """Share of held-out decisions in which the SFT student answers what the teacher did."""
+    with Path("metrics/plots/agreement.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    return sum(row["teacher"] == row["student"] for row in rows) / len(rows)
+
+
+if __name__ == "__main__":
+    run(main)
