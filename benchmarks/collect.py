@@ -45,6 +45,7 @@ def measured(latency: float, concurrency: int, steps: int, folder: str) -> tuple
     """Wall-clock and CPU seconds of a run with as many episodes as may be under way."""
     from apprentice import store
     from apprentice.params import Endpoint, Prompt, Teacher
+    from apprentice.play import Spec
     from apprentice.players import chat
 
     server = subprocess.Popen([sys.executable, __file__, "serve", str(latency)], stdout=subprocess.PIPE, text=True)
@@ -58,8 +59,9 @@ def measured(latency: float, concurrency: int, steps: int, folder: str) -> tuple
                 base_url=server.stdout.readline().strip(), model="m", api_key_env=None, concurrency=concurrency
             ),
         )
+        spec = Spec(teacher.seeds, steps, teacher.prompt, "benchmark")
         began, cpu = time.monotonic(), time.process_time()
-        store.join(Path(folder) / "trace.parquet", chat.record("benchmark", teacher, "code"))
+        store.join(Path(folder) / "trace.parquet", chat.record(spec, teacher.endpoint, "code", "benchmark"))
         return time.monotonic() - began, time.process_time() - cpu
     finally:
         server.kill()

@@ -175,7 +175,7 @@ def processor(folder: Path, profile) -> Path:
     from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
 
     from apprentice.params import Architecture, HubStudent
-    from apprentice.student import loading
+    from apprentice.student.template import TEMPLATE
     from apprentice.student.tiny import build, tokenizer
     from apprentice.training import pretraining
 
@@ -192,7 +192,7 @@ def processor(folder: Path, profile) -> Path:
             image_processor=Qwen2VLImageProcessor(image_mean=[0.5] * 3, image_std=[0.5] * 3, **patch),
             tokenizer=tokens,
             video_processor=Qwen3VLVideoProcessor(**patch),
-            chat_template=loading.TEMPLATE,
+            chat_template=TEMPLATE,
         )
         made.save_pretrained(folder)
     else:

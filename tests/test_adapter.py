@@ -18,6 +18,8 @@ from apprentice.players.scripted import Scripted
 from apprentice.student import adapter, loading
 from apprentice.student.encoding import batch, encode
 from apprentice.student.merge import merge
+from apprentice.student.template import TEMPLATE
+from apprentice.student.tiny import build
 
 TINY = TinyStudent(model="tiny", pretraining=Pretraining(seeds="0", steps=1))
 HUB = HubStudent(model="Qwen/Qwen3-VL-2B-Instruct", revision="89644892e4d85e24eaac8bacfd4f463576704203")
@@ -66,7 +68,7 @@ def test_a_stranger_loads_it_by_what_it_names(top, inputs):
     base = AutoModelForImageTextToText.from_pretrained(named)
     alone = logits(base, inputs)
     assert (logits(PeftModel.from_pretrained(base, "models/sft"), inputs) - alone).abs().max() > 0.1
-    assert AutoProcessor.from_pretrained("models/sft").chat_template == loading.TEMPLATE
+    assert AutoProcessor.from_pretrained("models/sft").chat_template == TEMPLATE
 
 
 def test_the_same_training_gives_the_same_bytes(top):
@@ -121,7 +123,7 @@ def test_merged_it_answers_as_base_and_adapter_do(top, inputs):
     both = logits(PeftModel.from_pretrained(base, "models/sft"), inputs)
     torch.testing.assert_close(logits(merged, inputs), both, atol=1e-3, rtol=1e-3)
     assert (alone - both).abs().max() > 0.1
-    assert AutoProcessor.from_pretrained("out/merged").chat_template == loading.TEMPLATE
+    assert AutoProcessor.from_pretrained("out/merged").chat_template == TEMPLATE
     card = ModelCard.load("out/merged/README.md")
     assert card.data.base_model_relation == "finetune" and DATA in card.content
     assert sorted(file.name for file in (top / "out").iterdir()) == ["merged"]
@@ -148,7 +150,7 @@ def test_nothing_is_overwritten_and_nothing_begun_that_cannot_end(top):
 
 
 def test_an_adapter_of_another_base_is_refused(top, tiny):
-    other, processor = tiny.build(Architecture(hidden_size=64), tiny[1].tokenizer, 0)
+    other, processor = build(Architecture(hidden_size=64), tiny[1].tokenizer, 0)
     for part in (other, processor):
         part.save_pretrained("models/other")
     with pytest.raises(WorkError, match=r"don't fit: .*size mismatch.*--base"):

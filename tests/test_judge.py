@@ -219,7 +219,7 @@ def test_the_better_judged_of_two_alike_has_the_advantage(episodes):
 def test_training_goes_on_when_the_judge_ceases_to_work_and_says_so(episodes, capsys):
     answers = [marks(7), marks(3), Answer(status=401, body="no"), Answer(status=500, body="no")]
     with Server(answers) as server:
-        one = trainer(settings(server, endpoint={"concurrency": 1}))
+        one = Judged(settings(server, endpoint={"concurrency": 1}), 2)
         assert one._asked(episodes[:2]) == [0.7, 0.3]
         assert one._asked(episodes[2:4]) == [None, None]
         assert one._asked(episodes[:1] + episodes[4:5]) == [0.7, None]

@@ -369,3 +369,35 @@ def test_reading_parameters_loads_nothing_heavy():
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert "apprentice.params" in loaded
     assert not {"torch", "crafter", "transformers", "torchvision", "numba", "datasets"} & set(loaded)
+
+
+OWN = {"extends": "tiny", "prompt": {}, "sampling": {}, "student": {}, "sft": {}, "rl": {}}
+
+
+def test_a_profile_has_what_it_does_not_name_from_the_one_that_it_extends(tmp_path):
+    own = OWN | {"sft": {"lora": {"rank": 8}}, "prompt": {"history": 2}}
+    further = OWN | {"extends": "own", "sft": {"epochs": 2}}
+    loaded = params.load(changed(tmp_path, profiles__own=own, profiles__further=further, profile="further"))
+    tiny, active = loaded.profiles["tiny"], loaded.active
+    assert (active.sft.epochs, active.sft.lora.rank, active.prompt.history) == (2, 8, 2)
+    assert (active.sft.lora.alpha, active.rl, active.dtype) == (tiny.sft.lora.alpha, tiny.rl, tiny.dtype)
+    assert tiny.sft.lora.rank == 64
+
+
+@pytest.mark.parametrize(
+    ("own", "said"),
+    [
+        ({"extends": "nobody"}, "profiles.own.extends: there is no profile 'nobody'; profiles are "),
+        ({"extends": "own"}, "profiles.own.extends: own extends own in turn"),
+        ({"rl": REMOVED}, "profiles.own.rl: is required; {} is as in tiny"),
+        ({"sft": {"epochz": 1}}, "profiles.own.sft.epochz: unknown key; known there: epochs"),
+        ({"sft": {"epochs": "many"}}, "profiles.own.sft.epochs: Input should be a valid number"),
+    ],
+)
+def test_what_is_wrong_with_a_profile_that_extends_another_is_said(tmp_path, own, said):
+    tree = {key: value for key, value in (OWN | own).items() if value is not REMOVED}
+    assert said in error(tmp_path, profiles__own=tree)
+
+
+def test_what_is_wrong_with_a_profile_is_said_once_whoever_extends_it(tmp_path):
+    assert len(error(tmp_path, profiles__qwen2b__sft__epochs=-1).splitlines()) == 1

@@ -14,9 +14,10 @@ from apprentice.params import Architecture, Lora, Pretraining, Prompt
 from apprentice.play import Spec, play
 from apprentice.players.scripted import Scripted
 from apprentice.serving import in_process
-from apprentice.student import loading, tiny
+from apprentice.student import loading
 from apprentice.student.encoding import batch, encode, length, pictures
 from apprentice.student.loading import lora_config
+from apprentice.student.tiny import build, tokenizer
 from apprentice.training import pretraining
 from apprentice.world import ACTIONS, World
 
@@ -39,8 +40,8 @@ def test_the_tiny_student_is_what_the_auto_classes_load(tiny, tiny_folder):
 
 
 def test_the_same_seed_builds_the_same_student(tiny):
-    again, _ = tiny.build(Architecture(initializer_range=0.3), tiny[1].tokenizer, 0)
-    other, _ = tiny.build(Architecture(initializer_range=0.3), tiny[1].tokenizer, 1)
+    again, _ = build(Architecture(initializer_range=0.3), tiny[1].tokenizer, 0)
+    other, _ = build(Architecture(initializer_range=0.3), tiny[1].tokenizer, 1)
     same = [torch.equal(a, b) for a, b in zip(tiny[0].state_dict().values(), again.state_dict().values(), strict=True)]
     assert all(same)
     assert not torch.equal(tiny[0].lm_head.weight, other.lm_head.weight)
@@ -225,8 +226,8 @@ def test_a_merged_adapter_answers_as_the_adapter_does(tiny_folder, episode):
 def test_a_few_steps_of_pretraining_teach_the_student_to_see():
     worlds = dict(pretraining.frames(seed, 20) for seed in range(100_000, 100_008))
     held_out, seen = worlds.pop(100_000), [frame for world in worlds.values() for frame in world]
-    tokens = tiny.tokenizer(*pretraining.vocabulary(SHOWN, seen), 512)
-    model, processor = tiny.build(Architecture(), tokens, 0)
+    tokens = tokenizer(*pretraining.vocabulary(SHOWN, seen), 512)
+    model, processor = build(Architecture(), tokens, 0)
     before = pretraining.sight(model, processor, SHOWN, held_out)
     options = Pretraining(seeds="0", steps=40, batch_size=16)
     pretraining.pretrain(model, processor, SHOWN, seen, options, seed=0)

@@ -17,7 +17,7 @@ def replacing(path: Path) -> Iterator[Path]:
     What is given is a path beside it that does not exist yet. After an error, or a kill, `path` is as it was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.partial")
+    unfinished = path.with_name(f".partial-{path.name}")  # with its ending: programs go by it
     remove(unfinished)
     try:
         yield unfinished

@@ -93,6 +93,15 @@ def answer(actions: tuple[str, ...] | list[str], words: str | None = None) -> di
     return {"role": "assistant", "content": words, "tool_calls": [call]}
 
 
+def said(message: dict) -> str:
+    """The text of a chat message, of all its parts one after the other; empty where there is none."""
+    content = message.get("content") if isinstance(message, dict) else None
+    if isinstance(content, list):
+        texts = [part.get("text") for part in content if isinstance(part, dict)]
+        content = "".join(text for text in texts if isinstance(text, str))
+    return content if isinstance(content, str) else ""
+
+
 def parse(message: dict, max_actions: int | None = None) -> Parsed:
     """The actions that an assistant message asks for, or why it cannot be read; never raises on a message.
 
@@ -103,13 +112,7 @@ def parse(message: dict, max_actions: int | None = None) -> Parsed:
     if calls and isinstance(calls, list):
         found = [call.get("function") if isinstance(call, dict) else None for call in calls]
     else:
-        content = message.get("content") if isinstance(message, dict) else None
-        if isinstance(content, list):
-            texts = [part.get("text") for part in content if isinstance(part, dict)]
-            content = "".join(text for text in texts if isinstance(text, str))
-        blocks = re.findall(
-            r"<tool_call>(.*?)(?:</tool_call>|\Z)", content if isinstance(content, str) else "", re.DOTALL
-        )
+        blocks = re.findall(r"<tool_call>(.*?)(?:</tool_call>|\Z)", said(message), re.DOTALL)
         if not blocks:
             return Parsed((), "no tool call")
         found = []

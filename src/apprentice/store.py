@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from apprentice.episode import Episode, Given, Reply, Step
+from apprentice.files import replacing
 from apprentice.world import png
 from apprentice.world.observation import ITEMS, VIEW, VITALS, Observation
 
@@ -103,24 +104,17 @@ def join(path: Path, records: Iterable[bytes]) -> None:
 
 
 def _write(path: Path, tables: Iterable[pa.Table]) -> int:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
     rows, waiting = 0, []
-    try:
-        with pq.ParquetWriter(partial, SCHEMA, compression="zstd") as writer:
-            for table in tables:
-                waiting.append(table)
-                rows += table.num_rows
-                # Imported episodes may be single decisions: a row group for each would be mostly its own description.
-                if sum(table.num_rows for table in waiting) >= _BATCH:
-                    writer.write_table(pa.concat_tables(waiting))
-                    waiting = []
-            if waiting:
+    with replacing(path) as unfinished, pq.ParquetWriter(unfinished, SCHEMA, compression="zstd") as writer:
+        for table in tables:
+            waiting.append(table)
+            rows += table.num_rows
+            # Imported episodes may be single decisions: a row group for each would be mostly its own description.
+            if sum(table.num_rows for table in waiting) >= _BATCH:
                 writer.write_table(pa.concat_tables(waiting))
-    except BaseException:
-        partial.unlink()
-        raise
-    partial.replace(path)
+                waiting = []
+        if waiting:
+            writer.write_table(pa.concat_tables(waiting))
     return rows
 
 

@@ -5,7 +5,7 @@ A command imports what is heavy when it runs: `apprentice --help` and completion
 
 import typer
 
-from apprentice.cli import doctor, estimate, export, imports, launch, merge, play, report, serve, traces
+from apprentice.cli import doctor, estimate, export, imports, launch, merge, play, report, serve, settings, traces
 from apprentice.errors import guarded
 
 application = typer.Typer(
@@ -22,6 +22,7 @@ application.command("import", rich_help_panel=_DATA)(imports.add_imports)
 application.command("export", rich_help_panel=_DATA)(export.export)
 application.command("merge", rich_help_panel=_DATA)(merge.merge_adapter)
 application.command("serve", rich_help_panel=_RUN)(serve.serve)
+application.command("settings", rich_help_panel=_RUN)(settings.show_settings)
 application.command("doctor", rich_help_panel=_RUN)(doctor.doctor)
 application.command("estimate", rich_help_panel=_RUN)(estimate.show_estimate)
 application.command(

@@ -3,7 +3,6 @@
 import base64
 import hashlib
 import json
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from apprentice.errors import ConfigError, WorkError
+from apprentice.files import replacing
 
 if TYPE_CHECKING:
     from apprentice.data.dataset import Jsonl
@@ -60,18 +60,10 @@ def export(
 
     from apprentice.data.dataset import Jsonl
 
-    out.parent.mkdir(parents=True, exist_ok=True)
-    # Beside it, and in its place only when it's whole.
-    partial = Path(tempfile.mkdtemp(prefix=f".partial-{out.name}-", dir=out.parent))
-    try:
-        write = {"openai": _openai, "huggingface": _huggingface, "llamafactory": _llamafactory}[form]
-        counts = write(partial, {split: Jsonl(file) for split, file in files.items()})
-        if out.exists():
-            out.rmdir()
-        partial.chmod(0o755)
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    write = {"openai": _openai, "huggingface": _huggingface, "llamafactory": _llamafactory}[form]
+    with replacing(out) as folder:
+        folder.mkdir()
+        counts = write(folder, {split: Jsonl(file) for split, file in files.items()})
     if as_json:
         print(json.dumps({"format": form, "folder": str(out), "rows": counts}))
     else:

@@ -9,6 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from apprentice.cli.screen import plain
 from apprentice.cli.watch import Moment
+from apprentice.files import replacing
 
 SIZE = 288
 """Side of the picture in pixels; below it stand the words."""
@@ -19,14 +20,14 @@ _HEIGHT = SIZE + _LINE * _LINES + 2 * _MARGIN
 def write_gif(path: Path, moments: Iterable[Moment], title: str, fps: float) -> None:
     frames = (Image.fromarray(frame) for frame in _frames(moments, title))
     first = next(frames)
-    with _replacing(path) as partial:
+    with replacing(path) as partial:
         first.save(partial, format="GIF", save_all=True, append_images=frames, duration=round(1000 / fps), loop=0)
 
 
 def write_mp4(path: Path, moments: Iterable[Moment], title: str, fps: float) -> None:
     import imageio_ffmpeg
 
-    with _replacing(path) as partial:
+    with replacing(path) as partial:
         film = imageio_ffmpeg.write_frames(str(partial), (SIZE, _HEIGHT), fps=fps, macro_block_size=2)
         film.send(None)
         try:
@@ -34,23 +35,6 @@ def write_mp4(path: Path, moments: Iterable[Moment], title: str, fps: float) -> 
                 film.send(frame.tobytes())
         finally:
             film.close()
-
-
-class _replacing:
-    """A file beside this one, which takes its place when all went well."""
-
-    def __init__(self, path: Path):
-        self.path, self.partial = path, path.with_name(f".partial-{path.name}")
-
-    def __enter__(self) -> Path:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        return self.partial
-
-    def __exit__(self, kind, *_) -> None:
-        if kind is None:
-            self.partial.replace(self.path)
-        else:
-            self.partial.unlink(missing_ok=True)
 
 
 def _frames(moments: Iterable[Moment], title: str) -> Iterator[np.ndarray]:

@@ -96,7 +96,7 @@ class _WatchedPlayer:
         reply = await self.player.reply(turn)
         parsed = prompt.parse(reply.message, turn.settings.max_actions)
         for action in parsed.actions or ("noop",):
-            moment = self.spectator.see(action, words(reply), parsed.invalid)
+            moment = self.spectator.see(action, prompt.said(reply.message), parsed.invalid)
             self.show(moment)
             if moment.done:
                 break
@@ -112,10 +112,4 @@ def moments(episode: Episode, size: int, opening: Sequence[str] = ()) -> Iterato
     yield spectator.start()
     for step in episode.steps:
         for action in step.executed:
-            yield spectator.see(action, words(step.reply), step.invalid)
-
-
-def words(reply: Reply) -> str:
-    """What a player said beside its tool call, or instead of it."""
-    content = reply.message.get("content") if isinstance(reply.message, dict) else None
-    return content if isinstance(content, str) else ""
+            yield spectator.see(action, prompt.said(step.reply.message), step.invalid)

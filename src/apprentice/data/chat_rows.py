@@ -17,7 +17,7 @@ def row(episode: Episode, step: Step, settings: Prompt, rationale: bool = False)
     else:
         shown, has_image = prompt.messages(step.observation, settings, step.history), settings.mode != "text"
     # A call written as text (Hermes) stands in the content too, and is not to be said twice.
-    words = (step.reply.message.get("content") or "").split("<tool_call>")[0].strip() if rationale else ""
+    words = prompt.said(step.reply.message).split("<tool_call>")[0].strip() if rationale else ""
     return {
         "messages": [*shown, prompt.answer(step.asked, words or None)],
         "tools": prompt.TOOLS,
@@ -34,8 +34,6 @@ def row(episode: Episode, step: Step, settings: Prompt, rationale: bool = False)
 
 def characters(messages: list[dict]) -> int:
     """How much text a chat has, pictures not counted."""
-    contents = [message["content"] for message in messages]
-    texts = [part["text"] for content in contents if isinstance(content, list) for part in content if "text" in part]
-    texts += [content for content in contents if isinstance(content, str)]
+    texts = [prompt.said(message) for message in messages]
     calls = [call["function"]["arguments"] for message in messages for call in message.get("tool_calls", ())]
     return sum(map(len, texts + calls))

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from apprentice.files import replacing
+
 
 def held_out(achievements: dict[int, float], fraction: float, random_seed: int) -> set[int]:
     """The seeds to validate on: this fraction of them, at least one, drawn evenly from good and bad ones.
@@ -29,21 +31,18 @@ def write_jsonl(path: Path, rows: Iterable[dict], shuffle: int | None = None) ->
 
     Returns how many.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    plain, places = path.with_name(path.name + ".partial"), [0]
-    with plain.open("wb") as file:
-        for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False, separators=(",", ":")).encode() + b"\n")
-            places.append(file.tell())
-    if shuffle is not None:
-        shuffled = path.with_name(path.name + ".shuffled")
-        with plain.open("rb") as source, shuffled.open("wb") as file:
-            for index in np.random.default_rng([shuffle, 6]).permutation(len(places) - 1):
-                source.seek(places[index])
-                file.write(source.read(places[index + 1] - places[index]))
-        plain.unlink()
-        plain = shuffled
-    plain.replace(path)
+    places = [0]
+    with replacing(path) as plain:
+        with plain.open("wb") as file:
+            for row in rows:
+                file.write(json.dumps(row, ensure_ascii=False, separators=(",", ":")).encode() + b"\n")
+                places.append(file.tell())
+        if shuffle is not None:
+            order = np.random.default_rng([shuffle, 6]).permutation(len(places) - 1)
+            with plain.open("rb") as source, replacing(plain) as shuffled, shuffled.open("wb") as file:
+                for index in order:
+                    source.seek(places[index])
+                    file.write(source.read(places[index + 1] - places[index]))
     return len(places) - 1
 
 

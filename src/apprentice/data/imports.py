@@ -224,9 +224,7 @@ def _turns(row: dict) -> list[_Turn]:
         elif role in ("tool", "function"):
             shown.append([{"type": "text", "text": _text(content)}])
         elif role == "assistant":
-            if isinstance(content, list):
-                texts = [part.get("text") for part in content if isinstance(part, dict)]
-                content = "".join(text for text in texts if isinstance(text, str))
+            content = prompt.said(message) if isinstance(content, list) else content
             answer = {"role": "assistant", "content": content, "tool_calls": message.get("tool_calls")}
             turn = _Turn((), None, answer, model[:100] if isinstance(model, str) else "")
             try:

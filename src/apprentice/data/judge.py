@@ -106,7 +106,7 @@ def score(message: dict, settings: Judge) -> float:
 
 def _given(message: dict) -> dict:
     """The arguments of the judge's tool call, or the JSON object in its text."""
-    calls, content = message.get("tool_calls"), message.get("content")
+    calls, content = message.get("tool_calls"), prompt.said(message)
     try:
         text = calls[0]["function"]["arguments"] if calls else content[content.index("{") : content.rindex("}") + 1]
         given = json.loads(text) if isinstance(text, str) else text

@@ -1,7 +1,7 @@
 """A model behind OpenAI's chat API: one call with its retries, its cost, and a limit to what may be spent.
 
 Three errors leave `Client.complete`. ConfigError: the endpoint refuses the key or the model, so that no other call can
-do better. Stopped: there's no money left. Failed: this one call has got no answer, after all retries; others may. What
+do better. OutOfMoney: there's none left. NoAnswer: this one call has got none, after all retries; others may. What
 the model itself does wrong is an answer like any other: no tool call, a refusal, nothing at all.
 """
 
@@ -13,13 +13,10 @@ import random
 import time
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
-from urllib.parse import urlsplit
-from urllib.request import getproxies, proxy_bypass
 
 from apprentice.endpoint import prices
-from apprentice.errors import ConfigError, WorkError
+from apprentice.errors import ConfigError, NoAnswer, OutOfMoney
 from apprentice.params import Endpoint
 from apprentice.world import png
 
@@ -27,14 +24,6 @@ _UNREADABLE = 3
 """How often an answer that can't be read is asked for again: each may have been paid for."""
 _SPECIAL = 512
 """Tokens that a server may add to what it's sent: its template's own words."""
-
-
-class Failed(Exception):
-    """No usable answer after all retries; the message says why."""
-
-
-class Stopped(WorkError):
-    """The work has to end here, and can go on later; the message says why. Exit code 1."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +80,6 @@ class Client:
             base_url=endpoint.base_url,
             timeout=endpoint.timeout,
             max_retries=endpoint.max_retries,
-            http_client=_http(endpoint),
         )
         self._purse = _Purse(endpoint.max_cost_usd, spent, whose)
 
@@ -125,9 +113,9 @@ class Client:
                 break
         else:
             if not isinstance(data, dict):
-                raise Failed(f"the answer is not JSON: {self._said(data)}")
+                raise NoAnswer(f"the answer is not JSON: {self._said(data)}")
             if "choices" not in data:
-                raise Failed(f"the answer has no choices: {self._said(json.dumps(data))}")
+                raise NoAnswer(f"the answer has no choices: {self._said(json.dumps(data))}")
         message, reason = _message(choice), _text(choice.get("finish_reason")) if choice else "empty"
         return Completion(
             message,
@@ -164,7 +152,7 @@ class Client:
             return self._refused(error.status_code, error.body, error.code)
         except openai.APIConnectionError as error:
             cause = error.__cause__
-            raise Failed(f"no answer: {self._said(str(cause)) or type(cause).__name__}") from None
+            raise NoAnswer(f"no answer: {self._said(str(cause)) or type(cause).__name__}") from None
         text = self._cleaned(response.content.decode("utf-8", "replace"))
         try:
             return json.loads(text)
@@ -187,8 +175,8 @@ class Client:
                 f"OpenAI-compatible address (HTTP 404): {said}"
             )
         if code == "insufficient_quota":
-            raise Stopped(f"{self.whose}: the account of {endpoint.base_url} has no credit left: {said}")
-        raise Failed(f"HTTP {status}: {said}")
+            raise OutOfMoney(f"{self.whose}: the account of {endpoint.base_url} has no credit left: {said}")
+        raise NoAnswer(f"HTTP {status}: {said}")
 
     def _most(self, body: dict[str, Any]) -> float:
         """What a request can cost at most, in dollars: a token is at least a byte of text."""
@@ -214,51 +202,6 @@ class Client:
         return text if len(text) <= 300 else text[:300] + "…"
 
 
-def _http(endpoint: Endpoint):
-    """httpx2's client as the openai package wants it, on aiohttp, less what a POST of JSON has no use for.
-
-    Cookies, its own redirects and the merging of headers took a fifth of all the time that a decision costs.
-    """
-    import aiohttp
-    import httpx2
-
-    url = urlsplit(endpoint.base_url)
-    proxy = None if proxy_bypass(url.hostname) else getproxies().get(url.scheme)
-    parsed = lru_cache(maxsize=1)(httpx2.URL)
-
-    class Http(httpx2.AsyncClient):
-        session: aiohttp.ClientSession | None = None
-
-        def build_request(self, method, url, *, headers, content=None, **_):
-            return httpx2.Request(method, parsed(url), headers=headers, content=content)
-
-        async def send(self, request, **_):
-            if self.session is None:  # now there is an event loop
-                self.session = aiohttp.ClientSession(
-                    connector=aiohttp.TCPConnector(limit=0, ssl=httpx2.create_ssl_context()),
-                    cookie_jar=aiohttp.DummyCookieJar(),
-                    timeout=aiohttp.ClientTimeout(endpoint.timeout),
-                )
-            headers, url = request.headers.multi_items(), str(request.url)
-            try:
-                async with self.session.post(url, headers=headers, data=request.content, proxy=proxy) as answer:
-                    body = await answer.read()
-            except TimeoutError as error:
-                raise httpx2.ReadTimeout(str(error), request=request) from error
-            except aiohttp.ClientError as error:
-                raise httpx2.ReadError(str(error), request=request) from error
-            # What was compressed on the way no longer is.
-            headers = [pair for pair in answer.raw_headers if pair[0].lower() != b"content-encoding"]
-            return httpx2.Response(answer.status, headers=headers, content=body, request=request)
-
-        async def aclose(self):
-            if self.session:
-                await self.session.close()
-            await super().aclose()
-
-    return Http()
-
-
 @dataclass(eq=False)
 class _Payment:
     most: float
@@ -275,13 +218,13 @@ class _Purse:
 
     @asynccontextmanager
     async def opened(self, most: float):
-        """Wait until this fits beside what is under way. Raises Stopped when it cannot fit any more."""
+        """Wait until this fits beside what is under way. Raises OutOfMoney when it cannot fit any more."""
         payment = _Payment(most)
         if self.limit is not None:
             async with self._changed:
                 await self._changed.wait_for(lambda: self._fits(most) or not self._open)
                 if not self._fits(most):
-                    raise Stopped(
+                    raise OutOfMoney(
                         f"{self.whose}.max_cost_usd: ${self.spent:.4f} of ${self.limit:g} are spent and another "
                         f"decision may cost ${most:.4f}; everything so far is kept, a higher limit continues"
                     )

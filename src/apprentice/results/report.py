@@ -235,7 +235,7 @@ class _Replays:
 
 def said(message: dict) -> str:
     """A reply as it came: its text, then its tool calls."""
-    lines = [message["content"]] if message.get("content") else []
+    lines = [text] if (text := prompt.said(message)) else []
     for call in message.get("tool_calls") or ():
         function = call.get("function") if isinstance(call, dict) else None
         if isinstance(function, dict):

@@ -23,7 +23,7 @@ from apprentice.cache import cache_folder
 from apprentice.compute import Vllm
 from apprentice.errors import ConfigError, WorkError
 from apprentice.files import digest
-from apprentice.student.loading import TEMPLATE
+from apprentice.student.template import TEMPLATE
 from apprentice.world import png
 from apprentice.world.observation import SIZE
 

@@ -6,7 +6,6 @@ from types import MethodType
 from typing import Literal
 
 import torch
-import trl
 from peft import LoraConfig, PeftModel
 from peft.tuners import lora
 from transformers import (
@@ -18,10 +17,8 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from apprentice.params import Lora
 from apprentice.student.onednn import product, use_products
+from apprentice.student.template import TEMPLATE
 from apprentice.workers import cores
-
-TEMPLATE = (Path(trl.__file__).parent / "chat_templates" / "qwen3_vl_training.jinja").read_text()
-"""TRL's training variant of Qwen3-VL's chat template: the same text, and it knows which tokens are the answer."""
 
 
 def processor(folder: Path | str):

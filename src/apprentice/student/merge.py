@@ -1,10 +1,10 @@
 """An adapter merged into its base model: a model of its own, for servers and tools that know no adapters."""
 
 import json
-import shutil
 from pathlib import Path
 
 from apprentice.errors import ConfigError, WorkError
+from apprentice.files import replacing
 from apprentice.student import adapter as adapters
 
 
@@ -34,10 +34,6 @@ def merge(adapter: Path, out: Path, base: str | None = None) -> None:
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         why = " ".join(str(error).split())[:300]
         raise WorkError(f"{adapter} and {base} don't fit: {why}; name its base model with --base") from None
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    loading.processor(adapter).save_pretrained(partial)
     front = {
         "base_model": config["base_model_name_or_path"],
         "base_model_relation": "finetune",
@@ -52,6 +48,7 @@ def merge(adapter: Path, out: Path, base: str | None = None) -> None:
     )
     headings = ("Data", "Metrics", "Settings", "Made with")
     sections = {heading: text for heading in headings if (text := adapters.section(adapter, heading))}
-    adapters.write_card(partial, front, f"apprentice, {adapter.name} merged", about, sections)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial.replace(out)
+    with replacing(out) as folder:
+        model.save_pretrained(folder)
+        loading.processor(adapter).save_pretrained(folder)
+        adapters.write_card(folder, front, f"apprentice, {adapter.name} merged", about, sections)

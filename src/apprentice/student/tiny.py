@@ -15,7 +15,7 @@ from transformers import (
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from apprentice.params import Architecture
-from apprentice.student.loading import TEMPLATE
+from apprentice.student.template import TEMPLATE
 from apprentice.world.observation import SIZE
 
 _SPECIAL = [f"<|{name}|>" for name in (

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from apprentice.cache import cache_folder
 from apprentice.data.dataset import Jsonl
+from apprentice.files import replacing
 from apprentice.student import loading
 from apprentice.student.encoding import batch, encode_all, length
 from apprentice.workers import in_processes
@@ -54,12 +55,10 @@ def survey(path: Path, base: Path, name: str) -> Survey:
             {"teacher": teacher, "model": model, "rows": counts[teacher, model], "episodes": len(ids)}
             for (teacher, model), ids in sorted(episodes.items(), key=str)
         ]
-        folder.mkdir(parents=True, exist_ok=True)
-        teachers.write_text(json.dumps(known))
-        partial = rows.with_suffix(".partial")
-        with partial.open("wb") as file:
+        with replacing(teachers) as unfinished:
+            unfinished.write_text(json.dumps(known))
+        with replacing(rows) as unfinished, unfinished.open("wb") as file:
             np.save(file, np.concatenate([part[1] for part in parts]) if parts else np.empty(0, _ROW))
-        partial.replace(rows)
     table = np.load(rows, mmap_mode="r")
     return Survey(table["place"], table["tokens"], json.loads(teachers.read_text()))
 

@@ -14,8 +14,8 @@ from apprentice import prompt
 from apprentice.params import Pretraining, Prompt
 from apprentice.players.expert import Expert
 from apprentice.student.encoding import batch, encode_all
-from apprentice.student.loading import TEMPLATE
 from apprentice.student.onednn import use_products
+from apprentice.student.template import TEMPLATE
 from apprentice.world.observation import ACTIONS, ITEMS, TILES, VIEW, VITALS, Observation
 from apprentice.world.world import World
 

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 from apprentice import store
 from apprentice.episode import Episode, Step
 from apprentice.errors import WorkError
+from apprentice.files import replacing
 from apprentice.ledger import Ledger
 from apprentice.params import Prompt
 from apprentice.play import Spec, play
@@ -150,15 +151,12 @@ def write(path: Path, episodes: Iterable[tuple[Episode, np.ndarray]], iteration:
         named = replace(episode, agent="rl", name=f"{iteration}-{episode.seed}-{member}")
         table = store.to_table(named).append_column("advantage", pa.array(advantages, pa.float64()))
         tables.append(table.append_column("iteration", pa.array([iteration] * len(advantages), pa.int32())))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".partial")
-    pq.write_table(pa.concat_tables(tables).cast(SCHEMA), unfinished, compression="zstd")
-    unfinished.replace(path)
+    with replacing(path) as unfinished:
+        pq.write_table(pa.concat_tables(tables).cast(SCHEMA), unfinished, compression="zstd")
 
 
 def join(parts: Iterable[Path], path: Path) -> None:
     """Write the episodes of several files into one, in this order."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with pq.ParquetWriter(path, SCHEMA, compression="zstd") as writer:
+    with replacing(path) as unfinished, pq.ParquetWriter(unfinished, SCHEMA, compression="zstd") as writer:
         for part in parts:
             writer.write_table(pq.read_table(part, schema=SCHEMA))
