@@ -114,7 +114,7 @@ def test_a_machine_pulls_its_inputs_and_pushes_its_outputs(pushed, tmp_path, mon
     launch.gather(sent, doing, place, None)
     assert not (sent / "models").exists() and KEY.encode() not in b"".join(contents(sent).values())
     done = subprocess.run(
-        [sys.executable, "-m", "apprentice.node"],
+        [sys.executable, "-m", "apprentice.cloud.on_machine"],
         cwd=sent,
         env=environment(tmp_path / "cache"),
         capture_output=True,

@@ -55,7 +55,7 @@ def test_a_task_is_one_by_skypilots_own_schema(monkeypatch, name):
     monkeypatch.chdir(ROOT)
     task = launch.task(DOING, place(**PLACES[name]), "/somewhere")
     assert problems(task) == []
-    assert "python -m apprentice.node" in task["run"] and "$APPRENTICE_LOCK" in task["setup"]
+    assert "python -m apprentice.cloud.on_machine" in task["run"] and "$APPRENTICE_LOCK" in task["setup"]
 
 
 def test_the_committed_compute_yaml_makes_such_tasks(monkeypatch):
@@ -252,7 +252,7 @@ def sent(tmp_path: Path, code: str, **told) -> Path:
 def ran_there(top: Path) -> tuple[int, dict, str]:
     """The exit code, the record, and the log."""
     done = subprocess.run(
-        [sys.executable, "-m", "apprentice.node"], cwd=top, capture_output=True, text=True, timeout=300
+        [sys.executable, "-m", "apprentice.cloud.on_machine"], cwd=top, capture_output=True, text=True, timeout=300
     )
     outcome = json.loads((top / ".apprentice" / "outcome.json").read_text())
     assert json.loads(done.stdout.splitlines()[-1].removeprefix(on_machine.MARK)) == outcome

@@ -490,7 +490,7 @@ def _finish(sky: Sky, doing: Work, place: compute.Stage, job: dict) -> int:
 
 
 def _outcome(sky: Sky, doing: Work, place: compute.Stage, job: dict) -> dict | None:
-    """What node.py has left; None if it came to nothing."""
+    """What on_machine.py has left; None if it came to nothing."""
     if place.managed:
         done = subprocess.run(
             [*sky.logs(doing.name, job, True), "--no-follow"], capture_output=True, env=sky.environment
