@@ -158,14 +158,15 @@ def test_a_cluster_is_named_by_all_that_shapes_the_outputs(checkout):
     assert doing().name != before
 
 
-def test_students_play_the_benchmark_there_and_agents_without_weights_here(checkout):
+def test_the_benchmark_of_a_student_goes_there_and_that_of_an_agent_stays_here(checkout):
     Path("models/sft").mkdir()
-    student = launch.work("benchmark", ["sft"], "requirements.lock")
-    assert student.target == "benchmark_student@sft" and set(student.inputs) == {"models/base", "models/sft"}
-    Path("stages/benchmark.py").write_text("import os, sys; sys.exit(int(os.environ['APPRENTICE_HERE']) + 6)")
-    assert launch.run("benchmark", ["noop"], place(where="sky", lock="requirements.lock")) == 7
-    with pytest.raises(ConfigError, match=r"dvc.yaml has no stage that runs python stages/benchmark.py nobody"):
-        launch.work("benchmark", ["nobody"], "requirements.lock")
+    student = launch.work("benchmark_student", ["sft"], "requirements.lock")
+    assert student.target == "benchmark_student@sft" and {"models/base", "models/sft"} < set(student.inputs)
+    with pytest.raises(ConfigError, match=r"dvc.yaml has no stage that runs python stages/benchmark_student.py nobody"):
+        launch.work("benchmark_student", ["nobody"], "requirements.lock")
+    Path("compute.yaml").write_text("stages: {benchmark: {where: sky}}\n")
+    with pytest.raises(ConfigError, match=r"stages.benchmark: Input should be .*'benchmark_student'"):
+        compute.load()
 
 
 def test_an_input_that_is_not_there_is_named(checkout):

@@ -123,9 +123,6 @@ def run(stage: str, arguments: list[str], place: compute.Stage) -> int:
     Raises ConfigError for what would not work, before anything is started, and WorkError.
     """
     doing = work(stage, arguments, place.lock)
-    if stage == "benchmark" and not doing.inputs:  # an agent without weights: no work for a GPU
-        environment = os.environ | {"APPRENTICE_HERE": "1"}
-        return subprocess.call([sys.executable, f"stages/{stage}.py", *arguments], env=environment)
     sky = _program()
     with _alone(doing.name):
         job = _find(sky, doing, place)
