@@ -190,6 +190,14 @@ def test_the_benchmark_of_a_student_goes_there_and_that_of_an_agent_stays_here(c
         compute.load()
 
 
+def test_the_student_without_an_adapter_is_sent_once(checkout, tmp_path):
+    """dvc.yaml names models/base twice for it: as the base, and as the weights."""
+    base = work("benchmark_student", ["base"], "requirements.lock")
+    assert base.inputs.count("models/base") == 1
+    gather(tmp_path / "sent", base, place(dirty=True), None)
+    assert digest(tmp_path / "sent/models/base") == digest(Path("models/base"))
+
+
 def test_an_input_that_is_not_there_is_named(checkout):
     Path("data/sft/val.jsonl").unlink()
     with pytest.raises(ConfigError, match=r"sft needs data/sft/val.jsonl: run dvc repro sft"):

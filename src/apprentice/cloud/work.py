@@ -51,7 +51,8 @@ def work(stage: str, arguments: list[str], lock: str) -> Work:
             raise ConfigError(f"dvc.yaml has no stage that runs {command}")
         target = loaded.addressing
         shaping = {dep.def_path: dep.read_params() for dep in loaded.deps if isinstance(dep, ParamsDependency)}
-        files = [dep.def_path for dep in loaded.deps if not isinstance(dep, ParamsDependency)]
+        # Each once: the student without an adapter names models/base as its base and as its weights.
+        files = list(dict.fromkeys(dep.def_path for dep in loaded.deps if not isinstance(dep, ParamsDependency)))
         outs = tuple(out.def_path for out in loaded.outs)
     if missing := [path for path in files if not Path(path).exists()]:
         raise ConfigError(f"{target} needs {', '.join(missing)}: run dvc repro {target}, which makes what is missing")
