@@ -14,7 +14,8 @@ import pytest
 from test_pipeline import SMALL, checkout, contents, environment
 
 from apprentice import compute
-from apprentice.cloud import launch
+from apprentice.cloud.launch import bring
+from apprentice.cloud.work import gather, work
 from apprentice.pipeline import ROOT
 
 KEY = secrets.token_hex()
@@ -106,15 +107,15 @@ def test_what_others_have_run_is_not_run_again(pushed, tmp_path):
 def test_a_machine_pulls_its_inputs_and_pushes_its_outputs(pushed, tmp_path, monkeypatch):
     """All that `transfer: remote` does, with a folder for the machine."""
     top = clone(pushed, tmp_path)
-    dvc(top, "pull", "split", "student")
+    dvc(top, "pull", "settings", "split", "student")
     monkeypatch.chdir(top)
     place = compute.Stage(transfer="remote", lock="requirements.lock", dirty=True)
-    doing = launch.work("sft", [], place.lock)
+    doing = work("sft", [], place.lock)
     sent = tmp_path / "sent"
-    launch.gather(sent, doing, place, None)
+    gather(sent, doing, place, None)
     assert not (sent / "models").exists() and KEY.encode() not in b"".join(contents(sent).values())
     done = subprocess.run(
-        [sys.executable, "-m", "apprentice.node"],
+        [sys.executable, "-m", "apprentice.cloud.on_machine"],
         cwd=sent,
         env=environment(tmp_path / "cache"),
         capture_output=True,
@@ -123,7 +124,7 @@ def test_a_machine_pulls_its_inputs_and_pushes_its_outputs(pushed, tmp_path, mon
     assert done.returncode == 0, done.stderr[-3000:]
     outcome = json.loads((sent / ".apprentice/outcome.json").read_text())
     shutil.rmtree(top / "metrics")
-    launch._bring(None, doing, place, outcome)
+    bring(doing, place, outcome)
     assert contents(top / "models/sft") == contents(sent / "models/sft") == contents(pushed / "models/sft")
     assert (top / "metrics/sft.json").read_bytes() == (pushed / "metrics/sft.json").read_bytes()
     assert KEY not in done.stdout + done.stderr

@@ -71,18 +71,18 @@ def test_the_plans_for_h200s_come_out_and_are_called_assumed(settings, size, sft
     found = lines(settings(**plan))
     assert found["sft"]["usd"] == pytest.approx(sft, rel=0.05) and found["sft"]["gpus"] == 2
     assert found["rl"]["usd"] == pytest.approx(rl, rel=0.05) and found["rl"]["gpus"] == 4
-    for stage in ("sft", "rl", "benchmark"):
+    for stage in ("sft", "rl", "benchmark_student"):
         assert any("rates: assumed, not measured" in source for source in found[stage]["sources"])
     if size == "2B":
         low, high = found["sft"]["hours"]
         assert (low, high) == pytest.approx((1, 2), rel=0.05)
-        assert found["benchmark"]["usd"] == pytest.approx(5, rel=0.05)
+        assert found["benchmark_student"]["usd"] == pytest.approx(5, rel=0.05)
 
 
 def test_what_was_measured_comes_out_as_it_was_measured(settings):
     """LOG.md, 2026-11-21: minutes of `make repro` on two cores, and the rows of sft."""
     found = lines(settings())
-    for stage, minutes in {"student": 1.8, "sft": 1.8, "rl": 9.7, "benchmark": 2.4}.items():
+    for stage, minutes in {"student": 1.8, "sft": 1.8, "rl": 9.7, "benchmark_student": 2.4}.items():
         low, high = found[stage]["hours"]
         assert low * 60 < minutes < high * 60, stage
         assert any("measured 2026-11-21" in source for source in found[stage]["sources"])
@@ -146,7 +146,7 @@ def test_imported_lines_are_rows_to_train_on(settings, tmp_path):
 
 def test_a_student_without_rates_is_not_guessed(settings):
     found = estimate(settings(profile="qwen2b", profiles__qwen2b__student__model="Qwen/Qwen3-VL-32B-Instruct"))
-    assert found["unknown"] == ["sft", "rl", "benchmark"]
+    assert found["unknown"] == ["sft", "rl", "benchmark_student"]
     assert found["stages"][-1]["tokens"] > 0 and found["stages"][-1]["hours"] is None
 
 

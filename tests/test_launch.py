@@ -1,10 +1,13 @@
 """A stage runs on another machine as it runs here; what would not work there is said before anything is started."""
 
+import fcntl
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jsonschema
@@ -14,7 +17,9 @@ from typer.testing import CliRunner
 
 from apprentice import compute
 from apprentice.cli import application
-from apprentice.cloud import launch, on_machine
+from apprentice.cloud import launch, machine, on_machine
+from apprentice.cloud.machine import Sky
+from apprentice.cloud.work import Work, gather, task, work
 from apprentice.errors import ConfigError, WorkError
 from apprentice.files import digest
 from apprentice.pipeline import ROOT
@@ -28,40 +33,47 @@ PLACES = {
     "managed": {"managed": True, "transfer": "remote", "checkpoints": "s3://bucket/here", "memory": "64+"},
     "shared": {"checkpoints": "/shared/apprentice", "autostop_minutes": 5, "teardown": False},
 }
-DOING = launch.Work("sft", (), "sft", ("models/base",), ("models/sft",), "apprentice-sft-0123456789")
+SETTINGS = {f"data/settings/student/{name}.json" for name in ("dtype", "sft", "student")}
+"""What sft depends on of the settings stage, whose one output is data/settings."""
+OTHERS = {
+    f"data/settings/{name}.json"
+    for name in ("benchmark/rules", "benchmark/seeds", "student/prompt", "student/sampling")
+}
+DOING = Work("sft", (), "sft", ("models/base",), ("models/sft",), "apprentice-sft-0123456789")
 
 
 def place(**settings) -> compute.Stage:
     return compute.Stage.model_validate(settings)
 
 
-def problems(task: dict) -> list[str]:
+def problems(found: dict) -> list[str]:
     """What SkyPilot's schema has against a task."""
 
-    def any_case(validator, allowed, found, schema):
-        if found.lower() not in [value.lower() for value in allowed]:
-            yield jsonschema.ValidationError(f"{found} is not one of {allowed}")
+    def any_case(validator, allowed, value, schema):
+        if value.lower() not in [name.lower() for name in allowed]:
+            yield jsonschema.ValidationError(f"{value} is not one of {allowed}")
 
     checker = jsonschema.validators.extend(jsonschema.Draft7Validator, {"case_insensitive_enum": any_case})
     schemas = json.loads(SCHEMA.read_text())
-    found = [*checker(schemas["task"]).iter_errors(task), *checker(schemas["resources"]).iter_errors(task["resources"])]
-    for mount in task.get("file_mounts", {}).values():
-        found += checker(schemas["storage"]).iter_errors(mount)
-    return [error.message for error in found]
+    errors = [*checker(schemas["task"]).iter_errors(found)]
+    errors += checker(schemas["resources"]).iter_errors(found["resources"])
+    for mount in found.get("file_mounts", {}).values():
+        errors += checker(schemas["storage"]).iter_errors(mount)
+    return [error.message for error in errors]
 
 
 @pytest.mark.parametrize("name", PLACES)
 def test_a_task_is_one_by_skypilots_own_schema(monkeypatch, name):
     monkeypatch.chdir(ROOT)
-    task = launch.task(DOING, place(**PLACES[name]), "/somewhere")
-    assert problems(task) == []
-    assert "python -m apprentice.node" in task["run"] and "$APPRENTICE_LOCK" in task["setup"]
+    found = task(DOING, place(**PLACES[name]), "/somewhere")
+    assert problems(found) == []
+    assert f"python -m {on_machine.__name__}" in found["run"] and "$APPRENTICE_LOCK" in found["setup"]
 
 
 def test_the_committed_compute_yaml_makes_such_tasks(monkeypatch):
     monkeypatch.chdir(ROOT)
     for stage in compute.load().stages.values():
-        assert problems(launch.task(DOING, stage, "/somewhere")) == []
+        assert problems(task(DOING, stage, "/somewhere")) == []
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "sky").glob("*.yaml")), ids=lambda path: path.name)
@@ -72,22 +84,22 @@ def test_every_committed_task_file_is_one_by_skypilots_own_schema(path):
 @pytest.mark.parametrize("change", [{"resources": {"gpu": 2}}, {"setups": "x"}, {"num_nodes": "two"}])
 def test_a_task_that_is_none_is_noticed(monkeypatch, change):
     monkeypatch.chdir(ROOT)
-    assert problems(launch.task(DOING, place(), "/somewhere") | change)
+    assert problems(task(DOING, place(), "/somewhere") | change)
 
 
 def test_secrets_are_in_a_task_by_name_only(monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("HF_TOKEN", "hush")
     monkeypatch.setenv("COLOUR", "green")
-    task = launch.task(DOING, place(secrets=["HF_TOKEN"], environment={"COLOUR": None}), "/somewhere")
-    assert task["secrets"] == {"HF_TOKEN": None} and "hush" not in json.dumps(task)
-    assert task["envs"]["COLOUR"] == "green"
+    found = task(DOING, place(secrets=["HF_TOKEN"], environment={"COLOUR": None}), "/somewhere")
+    assert found["secrets"] == {"HF_TOKEN": None} and "hush" not in json.dumps(found)
+    assert found["envs"]["COLOUR"] == "green"
 
 
 def test_the_price_is_that_of_the_chosen_machine():
     said = " Nebius  x  16  200  H200:2  9.10\n Slurm (a)  -  8  32  H200:2  7.00   \x1b[32m   ✔\x1b[0m   \n"
-    assert launch.price_of(said) == 7.0
-    assert launch.price_of("nothing") is None
+    assert machine.price_of(said) == 7.0
+    assert machine.price_of("nothing") is None
 
 
 def test_what_skypilot_says_beside_its_json_is_left_out(tmp_path):
@@ -96,7 +108,7 @@ def test_what_skypilot_says_beside_its_json_is_left_out(tmp_path):
         '#!/bin/sh\nprintf \'\\033[2mStarting a server.\\033[0m\\n[\\n  {"a": "[x]"}\\n]\\n\\033[0m done\\n\'\n'
     )
     program.chmod(0o755)
-    assert launch.Sky(program).json("status") == [{"a": "[x]"}]
+    assert Sky(program).json("status") == [{"a": "[x]"}]
 
 
 @pytest.mark.parametrize("under_way", [[], [{"stage": "rl", "job": "RUNNING", "name": "apprentice-rl-1"}]])
@@ -117,7 +129,7 @@ def checkout(tmp_path, monkeypatch) -> Path:
         if name.startswith(("src/", "stages/", "sky/", ".dvc", ".gitignore")) or "/" not in name:
             (top / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, top / name)
-    for name in ("data/sft/train.jsonl", "data/sft/val.jsonl", "models/base/config.json"):
+    for name in ("data/sft/train.jsonl", "data/sft/val.jsonl", "models/base/config.json", *SETTINGS, *OTHERS):
         (top / name).parent.mkdir(parents=True, exist_ok=True)
         (top / name).write_text(name)
     monkeypatch.chdir(top)
@@ -132,22 +144,22 @@ def commit() -> None:
     subprocess.run(["git", *identity, "commit", "--quiet", "--message", "test"], check=True)
 
 
-def doing(lock: str = "requirements.lock") -> launch.Work:
-    return launch.work("sft", [], lock)
+def doing(lock: str = "requirements.lock") -> Work:
+    return work("sft", [], lock)
 
 
 def test_what_a_stage_reads_and_makes_is_what_dvc_yaml_says(checkout):
     found = doing()
-    assert set(found.inputs) == {"data/sft/train.jsonl", "data/sft/val.jsonl", "models/base"}
+    assert set(found.inputs) == {"data/sft/train.jsonl", "data/sft/val.jsonl", "models/base", *SETTINGS}
     assert {"models/sft", "metrics/sft.json", "metrics/plots/sft_val.csv"} <= set(found.outs)
 
 
 def test_a_cluster_is_named_by_all_that_shapes_the_outputs(checkout):
     before = doing().name
-    for name in ("README.md", "compute.yaml", "src/apprentice/launch.py"):
+    for name in ("README.md", "compute.yaml", "src/apprentice/cloud/launch.py"):
         Path(name).write_text(Path(name).read_text() + "\n# changed\n")
         assert doing().name == before, name
-    for name in ("models/base/config.json", "src/apprentice/training.py", "requirements.lock"):
+    for name in ("models/base/config.json", "src/apprentice/training/sft.py", "requirements.lock"):
         Path(name).write_text(Path(name).read_text() + "\n# changed\n")
         assert doing().name != before, name
         before = doing().name
@@ -158,27 +170,49 @@ def test_a_cluster_is_named_by_all_that_shapes_the_outputs(checkout):
     assert doing().name != before
 
 
-def test_students_play_the_benchmark_there_and_agents_without_weights_here(checkout):
+def test_a_cluster_is_named_by_the_versions_that_the_stage_computes_with(checkout):
+    before, versions = doing().name, Path("src/apprentice/versions.yaml")
+    pins = YAML(typ="safe").load(versions.read_text())
+    for library, shapes in {"scipy": False, "torch": True}.items():
+        with versions.open("w") as file:
+            YAML().dump(pins | {library: "0.1"}, file)
+        assert (doing().name != before) is shapes, library
+
+
+def test_the_benchmark_of_a_student_goes_there_and_that_of_an_agent_stays_here(checkout):
     Path("models/sft").mkdir()
-    student = launch.work("benchmark", ["sft"], "requirements.lock")
-    assert student.target == "benchmark_student@sft" and set(student.inputs) == {"models/base", "models/sft"}
-    Path("stages/benchmark.py").write_text("import os, sys; sys.exit(int(os.environ['APPRENTICE_HERE']) + 6)")
-    assert launch.run("benchmark", ["noop"], place(where="sky", lock="requirements.lock")) == 7
-    with pytest.raises(ConfigError, match=r"dvc.yaml has no stage that runs python stages/benchmark.py nobody"):
-        launch.work("benchmark", ["nobody"], "requirements.lock")
+    student = work("benchmark_student", ["sft"], "requirements.lock")
+    assert student.target == "benchmark_student@sft" and {"models/base", "models/sft"} < set(student.inputs)
+    with pytest.raises(ConfigError, match=r"dvc.yaml has no stage that runs python stages/benchmark_student.py nobody"):
+        work("benchmark_student", ["nobody"], "requirements.lock")
+    Path("compute.yaml").write_text("stages: {benchmark: {where: sky}}\n")
+    with pytest.raises(ConfigError, match=r"stages.benchmark: Input should be .*'benchmark_student'"):
+        compute.load()
+
+
+def test_the_student_without_an_adapter_is_sent_once(checkout, tmp_path):
+    """dvc.yaml names models/base twice for it: as the base, and as the weights."""
+    base = work("benchmark_student", ["base"], "requirements.lock")
+    assert base.inputs.count("models/base") == 1
+    gather(tmp_path / "sent", base, place(dirty=True), None)
+    assert digest(tmp_path / "sent/models/base") == digest(Path("models/base"))
 
 
 def test_an_input_that_is_not_there_is_named(checkout):
     Path("data/sft/val.jsonl").unlink()
     with pytest.raises(ConfigError, match=r"sft needs data/sft/val.jsonl: run dvc repro sft"):
         doing()
+    Path("data/sft/val.jsonl").touch()
+    Path("data/settings/student/sft.json").unlink()
+    with pytest.raises(ConfigError, match=r"sft needs data/settings/student/sft.json: run dvc repro sft"):
+        doing()
+    Path("data/settings/student/sft.json").touch()
     with pytest.raises(ConfigError, match=r"there is no requirements-none.lock"):
-        Path("data/sft/val.jsonl").touch()
         doing("requirements-none.lock")
 
 
 def test_only_what_is_committed_is_sent_unless_said(checkout, tmp_path):
-    unused = launch.Sky(launch.PROGRAM)
+    unused = Sky()
     Path("stages/sft.py").write_text("# mine\n")
     Path("dvc.lock").touch()
     Path("metrics").mkdir()
@@ -195,12 +229,12 @@ def test_only_what_is_committed_is_sent_unless_said(checkout, tmp_path):
 def test_a_secret_that_is_not_set_is_named(checkout, monkeypatch):
     monkeypatch.delenv("HF_TOKEN", raising=False)
     with pytest.raises(ConfigError, match=r"stages.sft names HF_TOKEN, which is not set here: export HF_TOKEN=…"):
-        launch.check(launch.Sky(launch.PROGRAM), doing(), place(secrets=["HF_TOKEN"]))
+        launch.check(Sky(), doing(), place(secrets=["HF_TOKEN"]))
 
 
 def test_the_remote_has_to_be_there_to_be_used(checkout):
     with pytest.raises(ConfigError, match="DVC has no default remote: dvc remote add --default"):
-        launch.check(launch.Sky(launch.PROGRAM), doing(), place(transfer="remote"))
+        launch.check(Sky(), doing(), place(transfer="remote"))
 
 
 def stage(top: Path, *arguments: str) -> subprocess.CompletedProcess:
@@ -223,11 +257,53 @@ def test_what_is_sent_has_the_inputs_and_neither_secrets_nor_rubbish(checkout, t
     Path(".env").write_text("KEY=hush")
     Path(".gitignore").write_text(Path(".gitignore").read_text() + "/.env\n")
     Path(".dvc/config.local").write_text("[core]\n")
-    launch.gather(tmp_path / "sent", doing(), place(dirty=True), 60.0)
+    gather(tmp_path / "sent", doing(), place(dirty=True), 60.0)
     sent = {str(file.relative_to(tmp_path / "sent")) for file in (tmp_path / "sent").rglob("*") if file.is_file()}
     assert {"models/base/config.json", "data/sft/train.jsonl", "stages/sft.py", ".apprentice/work.json"} <= sent
+    assert {name for name in sent if name.startswith("data/settings/")} == SETTINGS
     assert not {".env", ".dvc/config.local"} & sent and not any(name.startswith(".git/") for name in sent)
     assert digest(tmp_path / "sent" / "models/base") == digest(Path("models/base"))
+
+
+def test_a_launcher_that_is_killed_leaves_the_lock_to_skypilot(checkout, tmp_path):
+    """Or a rerun would start a second machine while the first is being found."""
+    program = checkout / machine.PROGRAM
+    program.parent.mkdir(parents=True)
+    program.write_text(
+        '#!/bin/sh\ncase "$*" in\n'
+        'check*) echo \'{"default": ["Nebius"]}\' ;;\n'
+        "*--dryrun*) ;;\n"
+        "launch*) touch ../begun; while [ ! -e ../end ]; do sleep 0.05; done ;;\n"
+        "esac\n"
+    )
+    program.chmod(0o755)
+    Path("compute.yaml").write_text("stages: {sft: {where: sky, lock: requirements.lock}}\n")
+    launcher = subprocess.Popen([sys.executable, "-m", "apprentice.cli", "launch", "sft"], cwd=checkout)
+    lock = tmp_path / "cache" / "launch" / f"{doing().name}.lock"
+    try:
+        until(lambda: (tmp_path / "begun").exists() or launcher.poll() is not None)
+        launcher.kill()
+        assert launcher.wait() == -signal.SIGKILL and not free(lock)
+    finally:
+        launcher.kill()
+        (tmp_path / "end").touch()
+    until(lambda: free(lock))
+
+
+def free(lock: Path) -> bool:
+    with lock.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+    return True
+
+
+def until(condition, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 def sent(tmp_path: Path, code: str, **told) -> Path:
@@ -252,7 +328,7 @@ def sent(tmp_path: Path, code: str, **told) -> Path:
 def ran_there(top: Path) -> tuple[int, dict, str]:
     """The exit code, the record, and the log."""
     done = subprocess.run(
-        [sys.executable, "-m", "apprentice.node"], cwd=top, capture_output=True, text=True, timeout=300
+        [sys.executable, "-m", "apprentice.cloud.on_machine"], cwd=top, capture_output=True, text=True, timeout=300
     )
     outcome = json.loads((top / ".apprentice" / "outcome.json").read_text())
     assert json.loads(done.stdout.splitlines()[-1].removeprefix(on_machine.MARK)) == outcome
@@ -285,10 +361,10 @@ def test_a_broken_output_is_not_taken(checkout, monkeypatch):
         (folder / "models").mkdir()
         (folder / "models/sft").write_text("half")
 
-    monkeypatch.setattr(launch, "_rsync", broken)
+    monkeypatch.setattr(machine, "rsync", broken)
     outcome = {"digests": {"models/sft": "of the whole"}}
     with pytest.raises(WorkError, match="models/sft came broken; run the same command again"):
-        launch._bring(launch.Sky(launch.PROGRAM), DOING, place(), outcome)
+        launch.bring(DOING, place(), outcome)
     assert not Path("models/sft").exists()
 
 

@@ -11,10 +11,11 @@ import time
 from pathlib import Path
 
 import pytest
-from closure import ROOT
 from ruamel.yaml import YAML
 from test_launch import SCHEMA
 from test_pipeline import SMALL, checkout, contents, environment
+
+from apprentice.pipeline import ROOT
 
 CACHE = Path(os.environ["HOME"]).parent
 """The folder of tests/slurm/start.sh."""

@@ -11,7 +11,7 @@ from apprentice.errors import ConfigError
 
 
 def launch_stage(
-    stage: Annotated[str | None, typer.Argument(help="student, sft, rl or benchmark.")] = None,
+    stage: Annotated[str | None, typer.Argument(help="student, sft, rl or benchmark_student.")] = None,
     arguments: Annotated[list[str] | None, typer.Argument(help="For the stage's own command.")] = None,
     status: Annotated[bool, typer.Option("--status", help="What is under way.")] = False,
     logs: Annotated[bool, typer.Option("--logs", help="Follow the stage's log.")] = False,
@@ -40,7 +40,7 @@ def launch_stage(
             print("nothing is under way")
         else:
             for found in under_way:
-                print(f"{found['stage']:10} {found['job']:12} {found['name']}")
+                print(f"{found['stage']:18} {found['job']:12} {found['name']}")
         return
     if logs:
         sys.exit(launch.logs(stage))

@@ -183,7 +183,7 @@ def _student(settings: Params, read: int) -> list[Line]:
             f"{episodes:,} episodes × at most {rl.max_steps} decisions, {rl.iterations} × {rl.decisions:,} trained on",
         ),
         line(
-            "benchmark",
+            "benchmark_student",
             students * len(benchmark.seeds) * benchmark.steps,
             0,
             f"{students} students × {len(benchmark.seeds)} worlds × at most {benchmark.steps} decisions",

@@ -1,9 +1,9 @@
 """Around a stage on the machine that SkyPilot found: its inputs, its time, and a record of what became of it.
 
-    python -m apprentice.node        in the folder that `apprentice launch` has sent, which holds .apprentice/work.json
+    python -m apprentice.cloud.on_machine        in the folder that `apprentice launch` has sent
 
-The record, .apprentice/outcome.json, says how the stage ended and has a digest of each output; the last line of the
-log repeats it, for a machine that is gone by then.
+.apprentice/work.json says there what is to be done. The record, .apprentice/outcome.json, says how the stage ended and
+has a digest of each output; the last line of the log repeats it, for a machine that is gone by then.
 """
 
 import json
