@@ -24,7 +24,7 @@ from ruamel.yaml import YAML
 from safetensors.torch import load_file
 from served import KINDS, decisions
 from test_pipeline import SMALL, checkout, stage, started, wait_for
-from test_serve import gone
+from test_vllm import gone
 
 from apprentice import prompt
 from apprentice.compute import Vllm

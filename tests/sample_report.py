@@ -86,7 +86,9 @@ def made(folder: Path) -> dict:
         "benchmark/sft": _play(120),
     }
     stages = ("collect-expert", "filter", "split", "student", "sft", "agreement", "rl", "benchmark-expert")
-    metrics |= {f"times/{stage}": {"seconds": 12.5, "cores": 2} for stage in (*stages, "benchmark-sft", "score")}
+    metrics |= {
+        f"times/{stage}": {"seconds": 12.5, "cores": 2} for stage in (*stages, "benchmark_student-sft", "score")
+    }
     for name, values in metrics.items():
         (folder / f"metrics/{name}.json").write_text(json.dumps(values))
     curves = {

@@ -76,11 +76,11 @@ def recorded(teacher: Teacher, code: str = "code") -> list[Episode]:
     return list(map(store.from_bytes, records(teacher, code)))
 
 
-def status(teacher: Teacher) -> str:
+def status_of(teacher: Teacher) -> str:
     return chat.status(spec(teacher), teacher.endpoint)
 
 
-def cost(teacher: Teacher) -> tuple[float | None, float | None]:
+def cost_of(teacher: Teacher) -> tuple[float | None, float | None]:
     return chat.cost(spec(teacher), teacher.endpoint)
 
 
@@ -265,7 +265,7 @@ def test_a_wrong_key_or_model_ends_the_run_before_an_episode_is_played(status, s
         assert len(server.requests) <= settings.endpoint.concurrency
     for part in (said, "teachers.gpt.endpoint", server.url, f"HTTP {status}", "Not ***!"):
         assert part in str(raised.value)
-    assert "0 of 100 episodes done; 0 unfinished, with 0 decisions" in status(settings)
+    assert "0 of 100 episodes done; 0 unfinished, with 0 decisions" in status_of(settings)
 
 
 def test_an_account_without_credit_ends_the_run():
@@ -279,13 +279,13 @@ def test_one_broken_episode_is_a_failure_and_the_next_run_tries_it_again(capsys)
         settings = teacher(server, "4,9,2,7", 5, concurrency=1, max_retries=0, max_failure_rate=0.25)
         assert [episode.seed for episode in recorded(settings)] == [4, 2, 7]
         assert "1 × HTTP 500: broken (seed 9)" in capsys.readouterr().err
-        said = status(settings)
+        said = status_of(settings)
         assert "3 of 4 episodes done; 1 unfinished, with 2 decisions; 1 failed" in said
         assert "HTTP 500: broken (seed 9)" in said
         count = len(server.requests)
         assert [episode.seed for episode in recorded(settings)] == [4, 9, 2, 7]
         assert len(server.requests) - count == 3  # what was answered before the fault is kept
-        assert "4 of 4 episodes done; 0 unfinished, with 0 decisions; 0 failed" in status(settings)
+        assert "4 of 4 episodes done; 0 unfinished, with 0 decisions; 0 failed" in status_of(settings)
 
 
 def test_more_failures_than_allowed_end_the_run_with_the_reason():
@@ -308,7 +308,7 @@ def test_of_few_episodes_one_may_be_too_many_but_the_others_are_played_first():
         settings = teacher(server, "0-3", max_retries=0, concurrency=1, max_failure_rate=0.1)
         with pytest.raises(WorkError, match=r"1 of 4 episodes failed, and max_failure_rate is 0\.1"):
             recorded(settings)
-        assert "3 of 4 episodes done" in status(settings)
+        assert "3 of 4 episodes done" in status_of(settings)
 
 
 def test_a_connection_refused_says_so():
@@ -391,10 +391,10 @@ def test_what_a_reply_costs_is_summed_and_kept():
     with Server([FAULTS["no choices"], NOOP]) as server:
         settings = teacher(server, "0-1", 4, price=PRICE)
         assert decisions(recorded(settings)) == 8
-        assert cost(settings) == (pytest.approx(9 * DECISION), pytest.approx(9 * DECISION))
-        assert "8 replies for $0.9900" in status(settings)
+        assert cost_of(settings) == (pytest.approx(9 * DECISION), pytest.approx(9 * DECISION))
+        assert "8 replies for $0.9900" in status_of(settings)
         free = settings.model_copy(update={"endpoint": endpoint(server, price=Price(input=0, output=0))})
-        assert cost(free) == cost(settings)  # what was paid was paid
+        assert cost_of(free) == cost_of(settings)  # what was paid was paid
 
 
 def test_a_reply_without_figures_costs_what_it_may_cost_at_most():
@@ -408,7 +408,7 @@ def test_without_a_price_the_cost_is_unknown_and_a_limit_is_an_error():
     with Server() as server:
         settings = teacher(server)
         recorded(settings)
-        assert cost(settings) == (None, None)
+        assert cost_of(settings) == (None, None)
         with pytest.raises(
             ConfigError, match=r"price of served is not known; give it as teachers\.gpt\.endpoint\.price"
         ):
@@ -430,7 +430,7 @@ def test_a_limit_stops_before_it_is_passed_and_a_higher_one_goes_on(concurrency)
             spent = len(server.requests) * DECISION
             worst = 6000 * 0.0001 + 10 * 0.01  # of one request, and at most 6000 bytes are shown
             assert limit - worst < spent <= limit
-            assert cost(settings(limit))[1] == pytest.approx(spent)
+            assert cost_of(settings(limit))[1] == pytest.approx(spent)
         assert decisions(recorded(settings(100.0))) == len(server.requests)
 
 

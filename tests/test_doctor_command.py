@@ -86,4 +86,4 @@ def test_vllm_is_found_where_it_may_be(folder, monkeypatch):
     program = folder / ".venv-vllm/bin/vllm"
     program.parent.mkdir(parents=True)
     program.touch()
-    assert findings(folder)["vLLM"]["found"] == ".venv-vllm/bin/vllm"
+    assert findings(folder)["vLLM"]["found"] == str(program)

@@ -390,7 +390,7 @@ def test_a_fingerprint_changes_with_any_setting_and_not_with_their_order(monkeyp
         assert old in changed
         assert fingerprint(**json.loads(changed.replace(old, new))) != name
     assert fingerprint(**settings, more=None) != name
-    monkeypatch.setattr(world, "VERSION", world.VERSION + 1)
+    monkeypatch.setattr("apprentice.world.world.VERSION", world.VERSION + 1)
     assert fingerprint(**settings) != name
 
 

@@ -125,7 +125,7 @@ def test_a_curves_hole_is_no_number(tmp_path):
 def test_published_results_say_where_they_are_from():
     from ruamel.yaml import YAML
 
-    published = YAML(typ="safe").load((ROOT / "src/apprentice/published.yaml").read_text())
+    published = YAML(typ="safe").load((ROOT / "src/apprentice/results/published.yaml").read_text())
     for row in published["rows"]:
         assert row["source"] in published["sources"] and row["value"] > 0
         assert row["metric"] in ("achievement_rate", "crafter_score") and row["kind"]

@@ -27,7 +27,7 @@ from apprentice.policy import Turn
 
 
 class Chat:
-    """The policy. What its endpoint does wrong for good (client.Failed) ends that one episode."""
+    """The policy. What its endpoint does wrong for good (NoAnswer) ends that one episode."""
 
     def __init__(self, name: str, client: Client, replies: Replies):
         self.name, self.client, self.replies = name, client, replies

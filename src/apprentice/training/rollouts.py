@@ -132,7 +132,7 @@ def encoded(steps: Sequence[Step], settings: Prompt, processor) -> list[Encoded]
         if known.prompt_ids and known.prompt_ids != here.prompt_ids:
             raise WorkError(
                 "the vLLM server renders other prompts than training does: it has another model or another chat "
-                "template; let it serve models/base with the flags of apprentice.serve"
+                "template; let it serve models/base with the flags of serving/vllm.py"
             )
         found[place] = replace(here, answer_ids=known.answer_ids)
     return found

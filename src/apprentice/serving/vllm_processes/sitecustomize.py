@@ -1,4 +1,4 @@
-"""What every process of a vLLM server does first; Python imports it by its name, since serve.py puts it on the path.
+"""What every process of a vLLM server does first; Python imports it by its name, since vllm.py puts it on the path.
 
 It ends with the process that started it, so that no engine outlives its server and no server the stage, not even a
 SIGKILL. And torchvision can be imported beside a CPU build of torch, as in torchvision_operators.py, which says why:

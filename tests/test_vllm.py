@@ -179,7 +179,7 @@ def test_a_server_that_ends_is_started_again_once(program, capfd):
 
 def test_no_server_outlives_a_killed_parent(program, tmp_path):
     code = (
-        "from pathlib import Path; import time; from test_serve import running\n"
+        "from pathlib import Path; import time; from test_vllm import running\n"
         f"with running({program!r}) as students:\n"
         "    print(students.servers[0].log, flush=True); time.sleep(1000)"
     )

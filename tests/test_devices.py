@@ -15,13 +15,13 @@ from apprentice.params import Lora, Sft
 from apprentice.training import devices, memory
 
 
-@pytest.mark.parametrize("devices", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize(("batch", "micro"), [(32, 16), (32, 1), (30, 7), (16, 64), (1, 8), (7, 3)])
-def test_a_batch_has_its_size_on_any_number_of_devices(monkeypatch, devices, batch, micro):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: devices)
+def test_a_batch_has_its_size_on_any_number_of_devices(monkeypatch, count, batch, micro):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
     ranks, rows, accumulation = devices.layout(batch, micro)
     assert ranks * rows * accumulation == batch
-    assert ranks <= devices and rows <= micro
+    assert ranks <= count and rows <= micro
 
 
 def test_cores_share_a_batch_that_is_worth_it(monkeypatch):
