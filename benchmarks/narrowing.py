@@ -1,6 +1,6 @@
 """What `product` and `lighten` save: a reply, log-probabilities and a training step of the student, in turn.
 
-python benchmarks/lighter.py [--rows 32] [--adapter models/sft]      # one core; after `dvc repro sft`
+python benchmarks/narrowing.py [--rows 32] [--adapter models/sft]      # one core; after `dvc repro sft`
 """
 
 from dataclasses import replace

@@ -86,7 +86,7 @@ def wait(folder: Path) -> None:
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_no_rank_outlives_the_parent(tmp_path, how):
-    code = "import sys, pathlib, test_distributed as t; t.distributed.launch(t.wait, 2, pathlib.Path(sys.argv[1]))"
+    code = "import sys, pathlib, test_devices as t; t.devices.launch(t.wait, 2, pathlib.Path(sys.argv[1]))"
     process = subprocess.Popen([sys.executable, "-c", code, tmp_path], cwd=Path(__file__).parent)
     deadline = time.monotonic() + 120
     while len(files := [file for file in tmp_path.iterdir() if file.read_text()]) < 2:

@@ -16,7 +16,7 @@ from apprentice.serving.vllm import Adapter, Server
 from apprentice.student.narrowing import narrow
 
 
-class Actor(Protocol):
+class Sampler(Protocol):
     """Takes the trainer's weights and plays with them. Its replies carry a `local.Sample`, wherever they were drawn."""
 
     exact: bool

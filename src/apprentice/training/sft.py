@@ -7,7 +7,7 @@ from trl import SFTTrainer
 from apprentice.student.narrowing import narrow
 
 
-class Trainer(SFTTrainer):
+class SftTrainer(SFTTrainer):
     """The loss of a batch, and of the validation rows, is the same on any number of devices and in any parts."""
 
     def __init__(self, **kwargs):
