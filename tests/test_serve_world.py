@@ -1,4 +1,4 @@
-"""`apprentice serve`: real servers on this machine, spoken to by HTTP and WebSocket as OpenEnv's clients do.
+"""`apprentice serve world`: real servers on this machine, spoken to by HTTP and WebSocket as OpenEnv's clients do.
 
 OpenEnv's own client plays in with_openenv.py, in an environment of its own: `make test-openenv`.
 """
@@ -66,7 +66,7 @@ def server(tmp_path_factory, endpoint):
     folder = tmp_path_factory.mktemp("served")
     write_params(folder, endpoint.url, "TEST_KEY")
     environment = {"APPRENTICE_CACHE": str(folder / "cache"), "TEST_KEY": PAID}
-    with serving(folder, "--max-rollouts", "1", **environment) as (url, process):
+    with serving(folder, "world", "--max-rollouts", "1", **environment) as (url, process):
         yield url, process
 
 
@@ -300,6 +300,11 @@ def test_a_server_for_others_does_not_start_without_a_key(tmp_path, monkeypatch)
     monkeypatch.setenv("APPRENTICE_SERVE_KEY", "short")
     done = run(tmp_path, "serve", "--host", "0.0.0.0")
     assert done.returncode == 2 and "16 characters" in done.stderr and "short" not in done.stderr
+
+
+def test_only_what_there_is_can_be_served(tmp_path):
+    done = run(tmp_path, "serve", "wurld")
+    assert done.returncode == 2 and "no 'wurld' to serve; there is: world" in done.stderr
 
 
 def test_killed_and_started_again_it_says_what_became_of_the_sessions(tmp_path):

@@ -10,8 +10,13 @@ from apprentice import params
 from apprentice.cli import agents
 from apprentice.errors import ConfigError
 
+WHAT = ("world",)
+
 
 def serve(
+    what: Annotated[
+        str, typer.Argument(metavar="WHAT", help="world: Crafter.", autocompletion=lambda: list(WHAT))
+    ] = "world",
     host: Annotated[str, typer.Option(help="Where to listen; other than on this machine alone needs a key.")] = (
         "127.0.0.1"
     ),
@@ -29,6 +34,8 @@ def serve(
 
     Example: apprentice serve --port 8000
     """
+    if what not in WHAT:
+        raise ConfigError(f"there is no {what!r} to serve; there is: {', '.join(WHAT)}")
     key = _key(key_env, host)
     listening = _listening(host, port)
     settings = params.load() if params.PATH.exists() else None
