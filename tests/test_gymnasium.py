@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
 
+import apprentice.environment  # noqa: F401  registers it
 from apprentice.world import ACTIONS, World
 
 NAME = "apprentice/Crafter-v0"
+NOT_NEEDED = {"torch", "transformers", "fastapi", "pydantic", "pyarrow", "datasets", "dvc", "openai", "typer"}
 
 
 @pytest.mark.parametrize("observation", ["image", "dict"])
@@ -63,10 +65,29 @@ def test_vectors_of_it_can_be_made():
     assert seen.shape == (2, 72, 72, 3) and (seen[0] == World(1).reset().image).all()
 
 
-@pytest.mark.parametrize("order", ["apprentice, gymnasium", "gymnasium, apprentice"])
-def test_it_is_registered_in_whatever_order_and_gymnasium_is_not_imported_for_it(order):
-    code = f"import apprentice, sys; assert 'gymnasium' not in sys.modules\nimport {order}\n"
-    if order.startswith("gymnasium"):
-        code = f"import {order}\n"
-    code += f"assert '{NAME}' in gymnasium.registry"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+def in_a_new_process(code: str) -> None:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        f"import apprentice.environment, gymnasium; made = gymnasium.make({NAME!r})",
+        f"import gymnasium, apprentice.environment; made = gymnasium.make({NAME!r})",
+        f"import gymnasium; made = gymnasium.make('apprentice.environment:{NAME}')",
+    ],
+)
+def test_it_is_found_by_its_name_once_its_room_is_imported_and_needs_little(made):
+    """Neither torch nor anything else that the pipeline needs and a world does not."""
+    code = f"import sys; {made}; assert made.reset(seed=7)[1]['seed'] == 7\n"
+    code += f"assert not {NOT_NEEDED}.intersection(sys.modules), {NOT_NEEDED}.intersection(sys.modules)"
+    in_a_new_process(code)
+
+
+def test_apprentice_alone_does_not_import_gymnasium():
+    in_a_new_process("import apprentice.world, sys; assert 'gymnasium' not in sys.modules")
+
+
+def test_its_room_can_be_imported_without_gymnasium():
+    in_a_new_process("import sys; sys.modules['gymnasium'] = None; import apprentice.environment")

@@ -11,7 +11,7 @@ import subprocess
 
 import numpy as np
 import pytest
-from test_serve_command import KEY, serving
+from test_serve_world import KEY, serving
 
 from apprentice.pipeline import ROOT
 from apprentice.world import ACTIONS, World, png

@@ -1,4 +1,4 @@
-"""`apprentice serve`: the world over HTTP for others' trainers."""
+"""`apprentice serve`: something of ours over HTTP for others, behind a key. The world, for their trainers."""
 
 import os
 import socket
@@ -10,8 +10,13 @@ from apprentice import params
 from apprentice.cli import agents
 from apprentice.errors import ConfigError
 
+WHAT = ("world",)
+
 
 def serve(
+    what: Annotated[
+        str, typer.Argument(metavar="WHAT", help="world: Crafter.", autocompletion=lambda: list(WHAT))
+    ] = "world",
     host: Annotated[str, typer.Option(help="Where to listen; other than on this machine alone needs a key.")] = (
         "127.0.0.1"
     ),
@@ -29,39 +34,61 @@ def serve(
 
     Example: apprentice serve --port 8000
     """
-    key = os.environ.get(key_env, "").strip() or None
+    if what not in WHAT:
+        raise ConfigError(f"there is no {what!r} to serve; there is: {', '.join(WHAT)}")
+    key = _key(key_env, host)
+    listening = _listening(host, port)
     settings = params.load() if params.PATH.exists() else None
 
-    from apprentice.environment import openenv_server
+    from apprentice.environment import server
 
-    if key is None and not openenv_server.is_loopback(host):
+    limits = server.Limits(max_sessions, idle_timeout, max_rollouts)
+    world = server.application(limits, agents.SCRIPTED, agents.models(settings))
+    shown = f"[{host}]" if ":" in host else host
+    print(f"Crafter on http://{shown}:{listening.getsockname()[1]} (OpenEnv at /ws); Ctrl-C ends it", flush=True)
+    _run(world, listening, key, limits.body, connections=4 * max_sessions + 64)
+
+
+def _key(variable: str, host: str) -> str | None:
+    """The key that requests must bring; None if there is none, which only this machine may do without."""
+    from apprentice.environment.guard import is_loopback
+
+    key = os.environ.get(variable, "").strip() or None
+    if key is None and not is_loopback(host):
         raise ConfigError(
-            f"on {host} others can reach it, so it needs a key: export {key_env}=…, which requests must bring as "
+            f"on {host} others can reach it, so it needs a key: export {variable}=…, which requests must bring as "
             "Authorization: Bearer …; or leave --host out"
         )
     if key and not (key.isascii() and key.isprintable() and " " not in key and len(key) >= 16):
-        raise ConfigError(f"{key_env} must hold 16 characters or more, of ASCII and without spaces")
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listening = socket.socket(family, socket.SOCK_STREAM)
+        raise ConfigError(f"{variable} must hold 16 characters or more, of ASCII and without spaces")
+    return key
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    """From now on the port is ours, and whoever connects waits until there is something to answer."""
+    listening = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((host, port))
+        listening.listen()
     except (OSError, OverflowError) as error:
         raise ConfigError(
             f"cannot listen on {host}, port {port}: {error}; choose others by --host and --port"
         ) from None
+    return listening
 
+
+def _run(app, listening: socket.socket, key: str | None, body: int, connections: int) -> None:
+    """Until Ctrl-C. body: bytes that a request or a message may have; connections: how many there may be."""
     import uvicorn
 
-    limits = openenv_server.Limits(max_sessions, idle_timeout, rollouts=max_rollouts)
-    app = openenv_server.application(limits, key, agents.models(settings))
+    from apprentice.environment.guard import Guard
+
     config = uvicorn.Config(
-        app,
+        Guard(app, key, body),
         log_level="warning",
-        ws_max_size=limits.body,
+        ws_max_size=body,
         timeout_graceful_shutdown=3,
-        limit_concurrency=4 * max_sessions + 64,
+        limit_concurrency=connections,
     )
-    shown = f"[{host}]" if ":" in host else host
-    print(f"Crafter on http://{shown}:{listening.getsockname()[1]} (OpenEnv at /ws); Ctrl-C ends it", flush=True)
     uvicorn.Server(config).run([listening])

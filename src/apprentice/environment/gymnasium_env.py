@@ -1,4 +1,4 @@
-"""Crafter as a Gymnasium environment: gymnasium.make("apprentice/Crafter-v0").
+"""Crafter as a Gymnasium environment: gymnasium.make("apprentice.environment:apprentice/Crafter-v0").
 
 The same world as everywhere here: `reset(seed=n)` starts the world that a teacher or the benchmark plays as seed n, and
 the same actions lead to the same bytes.

@@ -1,6 +1,6 @@
-"""`apprentice serve`: real servers on this machine, spoken to by HTTP and WebSocket as OpenEnv's clients do.
+"""`apprentice serve world`: real servers on this machine, spoken to by HTTP and WebSocket as OpenEnv's clients do.
 
-OpenEnv's own client plays in test_openenv.py, in an environment of its own: `make test-openenv`.
+OpenEnv's own client plays in with_openenv.py, in an environment of its own: `make test-openenv`.
 """
 
 import asyncio
@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,33 +24,29 @@ from endpoint import Answer, Server, call, completion, playing
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
-from apprentice.environment import openenv_server
+from apprentice.environment import guard
+from apprentice.environment.messages import Busy, NoSuchSession
+from apprentice.environment.sessions import Sessions
 from apprentice.params import Prompt
 from apprentice.play import Spec, play
 from apprentice.players.scripted import Scripted
 from apprentice.world import ACTIONS, World, png
 
 KEY = "a key of this test, no secret".replace(" ", "-")
+BEARER = {"Authorization": f"Bearer {KEY}"}
+PAID = "sk-of-this-test-no-secret"
 
 
 @contextmanager
 def serving(folder: Path, *arguments: str, port: int = 0, **environment: str):
     """The command, in a process of its own. Gives its address and the process."""
-    command = [sys.executable, "-c", "from apprentice.cli import main; main()", "serve", "--port", str(port)]
+    command = [sys.executable, "-c", "from apprentice.cli import main; main()", "serve", *arguments]
     process = subprocess.Popen(
-        [*command, *arguments], cwd=folder, env=os.environ | environment, stdout=subprocess.PIPE, text=True
+        [*command, "--port", str(port)], cwd=folder, env=os.environ | environment, stdout=subprocess.PIPE, text=True
     )
-    line = process.stdout.readline()
-    url = line.split()[2] if line else ""
-    deadline = time.monotonic() + 60
-    while url and time.monotonic() < deadline:
-        try:
-            if httpx2.get(f"{url}/health", timeout=5).status_code == 200:
-                break
-        except httpx2.TransportError:
-            time.sleep(0.05)
     try:
-        yield url, process
+        line = process.stdout.readline()
+        yield line.split()[2] if line else "", process
     finally:
         process.send_signal(signal.SIGINT)
         process.wait(20)
@@ -57,10 +54,28 @@ def serving(folder: Path, *arguments: str, port: int = 0, **environment: str):
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    cache = str(tmp_path_factory.mktemp("cache"))
-    with serving(tmp_path_factory.mktemp("served"), APPRENTICE_CACHE=cache) as (url, process):
+def endpoint():
+    """A model behind an API; a test may set what it answers."""
+    with Server(lambda request: playing(request.body)) as model:
+        yield model
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory, endpoint):
+    """For this machine only, beside a params.yaml with the agent `api`, one rollout at a time."""
+    folder = tmp_path_factory.mktemp("served")
+    write_params(folder, endpoint.url, "TEST_KEY")
+    environment = {"APPRENTICE_CACHE": str(folder / "cache"), "TEST_KEY": PAID}
+    with serving(folder, "world", "--max-rollouts", "1", **environment) as (url, process):
         yield url, process
+
+
+@pytest.fixture(scope="module")
+def guarded(tmp_path_factory):
+    """With a key, for two sessions, which may be idle for two seconds; no params.yaml."""
+    narrow = ("--host", "0.0.0.0", "--max-sessions", "2", "--idle-timeout", "2")
+    with serving(tmp_path_factory.mktemp("guarded"), *narrow, APPRENTICE_SERVE_KEY=KEY) as (url, process):
+        yield url.replace("0.0.0.0", "127.0.0.1"), process
 
 
 def ws(url: str) -> str:
@@ -80,7 +95,7 @@ def test_health_and_info_say_what_there_is(server):
     url, _ = server
     assert httpx2.get(f"{url}/health").json() == {"status": "healthy"}
     info = httpx2.get(f"{url}/info").json()
-    assert info["actions"] == list(ACTIONS) and info["policies"] == ["random", "noop", "expert"]
+    assert info["actions"] == list(ACTIONS) and info["policies"] == ["random", "noop", "expert", "api"]
     assert httpx2.get(f"{url}/schema").json()["action"]["properties"]["action"]["enum"] == list(ACTIONS)
     assert httpx2.get(f"{url}/metadata").json()["name"] == "crafter"
 
@@ -224,42 +239,58 @@ def test_64_sessions_at_once_hold_and_are_each_their_own(server):
     assert httpx2.get(f"{url}/info").json()["sessions"]["open"] == 0
 
 
-def test_sessions_are_limited_and_idle_ones_end(tmp_path):
-    async def converse(url: str):
-        async with connect(ws(url)) as first, connect(ws(url)) as second, connect(ws(url)) as third:
+def test_sessions_are_limited_and_idle_ones_end(guarded):
+    url, _ = guarded
+
+    async def converse():
+        def socket():
+            return connect(ws(url), additional_headers=BEARER)
+
+        async with socket() as first:
             await ask(first, "reset", seed=1)
-            full = json.loads(await third.recv())
-            assert full["data"]["code"] == "CAPACITY_REACHED" and "2 sessions" in full["data"]["message"]
-            assert httpx2.post(f"{url}/sessions", json={}).status_code == 503
-            idle = json.loads(await second.recv())
-            assert idle["data"]["code"] == "SESSION_ERROR" and "idle for 4 s" in idle["data"]["message"]
-            with pytest.raises(ConnectionClosed):
-                await second.recv()
+            async with socket() as second, socket() as third:
+                full = json.loads(await third.recv())
+                assert full["data"]["code"] == "CAPACITY_REACHED" and "2 sessions" in full["data"]["message"]
+                assert httpx2.post(f"{url}/sessions", json={}, headers=BEARER).status_code == 503
+                idle = json.loads(await second.recv())
+                assert idle["data"]["code"] == "SESSION_ERROR" and "idle for 2 s" in idle["data"]["message"]
+                with pytest.raises(ConnectionClosed):
+                    await second.recv()
 
-    with serving(tmp_path, "--max-sessions", "2", "--idle-timeout", "4") as (url, _):
-        asyncio.run(converse(url))
+    asyncio.run(converse())
 
 
-def test_the_key_is_asked_for_everywhere_but_for_health(tmp_path):
-    async def by_socket(url: str):
+def test_an_idle_session_of_plain_http_makes_room_for_another():
+    sessions = Sessions(most=1, idle=600)
+    name, session = sessions.begin()
+    with pytest.raises(Busy):
+        sessions.begin()
+    session.seen -= 606
+    sessions.begin()
+    with pytest.raises(NoSuchSession, match="idle for 600 s"):
+        sessions.named(name)
+
+
+def test_the_key_is_asked_for_everywhere_but_for_health(guarded):
+    url, process = guarded
+
+    async def by_socket():
         for headers in ({}, {"Authorization": "Bearer wrong"}):
             with pytest.raises(InvalidStatus) as refused:
                 await connect(ws(url), additional_headers=headers)
             assert refused.value.response.status_code == 403
-        async with connect(ws(url), additional_headers={"Authorization": f"Bearer {KEY}"}) as socket:
+        async with connect(ws(url), additional_headers=BEARER) as socket:
             assert (await ask(socket, "reset", seed=1))["type"] == "observation"
         async with connect(ws(url).replace("ws://", f"ws://apprentice:{KEY}@")) as socket:
             assert (await ask(socket, "reset", seed=1))["type"] == "observation"
 
-    with serving(tmp_path, "--host", "0.0.0.0", APPRENTICE_SERVE_KEY=KEY) as (url, process):
-        url = url.replace("0.0.0.0", "127.0.0.1")
-        assert httpx2.get(f"{url}/health").status_code == 200
-        for path in ("/info", "/docs", "/openapi.json", "/nothing"):
-            assert httpx2.get(url + path).status_code == 401
-            assert httpx2.get(url + path, headers={"Authorization": "Bearer wrong"}).status_code == 401
-        assert httpx2.get(f"{url}/info", headers={"Authorization": f"Bearer {KEY}"}).status_code == 200
-        asyncio.run(by_socket(url))
-        assert KEY not in " ".join(psutil.Process(process.pid).cmdline())
+    assert httpx2.get(f"{url}/health").status_code == 200
+    for path in ("/info", "/docs", "/openapi.json", "/nothing"):
+        assert httpx2.get(url + path).status_code == 401
+        assert httpx2.get(url + path, headers={"Authorization": "Bearer wrong"}).status_code == 401
+    assert httpx2.get(f"{url}/info", headers=BEARER).json()["policies"] == ["random", "noop", "expert"]
+    asyncio.run(by_socket())
+    assert KEY not in " ".join(psutil.Process(process.pid).cmdline())
 
 
 def test_a_server_for_others_does_not_start_without_a_key(tmp_path, monkeypatch):
@@ -269,6 +300,11 @@ def test_a_server_for_others_does_not_start_without_a_key(tmp_path, monkeypatch)
     monkeypatch.setenv("APPRENTICE_SERVE_KEY", "short")
     done = run(tmp_path, "serve", "--host", "0.0.0.0")
     assert done.returncode == 2 and "16 characters" in done.stderr and "short" not in done.stderr
+
+
+def test_only_what_there_is_can_be_served(tmp_path):
+    done = run(tmp_path, "serve", "wurld")
+    assert done.returncode == 2 and "no 'wurld' to serve; there is: world" in done.stderr
 
 
 def test_killed_and_started_again_it_says_what_became_of_the_sessions(tmp_path):
@@ -310,48 +346,70 @@ def test_a_rollout_is_the_episode_that_the_pipeline_plays(server):
     )
 
 
-def test_a_rollout_asks_only_endpoints_that_the_server_was_started_with(tmp_path):
-    secret = "sk-of-this-test-no-secret"
-    with Server(lambda request: playing(request.body)) as endpoint:
-        write_params(tmp_path, endpoint.url, "TEST_KEY")
-        with serving(tmp_path, TEST_KEY=secret) as (url, _):
-            asked = {"policy": "api", "seed": 1, "max_steps": 5}
-            one = httpx2.post(f"{url}/rollout", json=asked, timeout=60)
-            assert one.status_code == 200 and one.json()["steps"] == 5 and len(endpoint.requests) == 5
-            assert endpoint.requests[0].headers["authorization"] == f"Bearer {secret}" and secret not in one.text
-            assert httpx2.post(f"{url}/rollout", json=asked, timeout=60).json() == one.json()
-            assert len(endpoint.requests) == 5  # paid for once
-            for wrong in ({"base_url": "http://169.254.169.254"}, {"api_key_env": "HOME"}):
-                assert httpx2.post(f"{url}/rollout", json=asked | wrong).status_code == 422
-            unknown = httpx2.post(f"{url}/rollout", json=asked | {"policy": "http://127.0.0.1:1/v1"})
-            assert unknown.status_code == 409 and "there are random, noop, expert, api" in unknown.json()["detail"]
+def test_a_rollout_asks_only_endpoints_that_the_server_was_started_with(server, endpoint):
+    url, _ = server
+    asked = {"policy": "api", "seed": 1, "max_steps": 5}
+    one = httpx2.post(f"{url}/rollout", json=asked, timeout=60)
+    assert one.status_code == 200 and one.json()["steps"] == 5 and len(endpoint.requests) == 5
+    assert endpoint.requests[0].headers["authorization"] == f"Bearer {PAID}" and PAID not in one.text
+    assert httpx2.post(f"{url}/rollout", json=asked, timeout=60).json() == one.json()
+    assert len(endpoint.requests) == 5  # paid for once
+    for wrong in ({"base_url": "http://169.254.169.254"}, {"api_key_env": "HOME"}):
+        assert httpx2.post(f"{url}/rollout", json=asked | wrong).status_code == 422
+    unknown = httpx2.post(f"{url}/rollout", json=asked | {"policy": "http://127.0.0.1:1/v1"})
+    assert unknown.status_code == 409 and "there are random, noop, expert, api" in unknown.json()["detail"]
 
 
-def test_an_endpoint_that_fails_is_a_clean_error_and_slow_rollouts_hold_up_nobody(tmp_path):
+def test_an_endpoint_that_fails_is_a_clean_error_and_slow_rollouts_hold_up_nobody(server, endpoint, monkeypatch):
+    url, _ = server
+    came, go_on, answers = threading.Event(), threading.Event(), [Answer(completion(call("noop")))]
+
     def answer(request):
-        if len(endpoint.requests) == 1:
-            return Answer(completion(call("noop")), delay=2)
-        return Answer("no", status=400)
+        came.set()
+        go_on.wait(60)
+        return answers.pop() if answers else Answer("no", status=400)
 
-    with Server(answer) as endpoint:
-        write_params(tmp_path, endpoint.url)
-        with serving(tmp_path, "--max-rollouts", "1") as (url, _):
+    monkeypatch.setattr(endpoint, "answer", answer)
 
-            async def together():
-                async with httpx2.AsyncClient(base_url=url, timeout=60) as http:
-                    slow = asyncio.create_task(http.post("/rollout", json={"policy": "api", "seed": 1}))
-                    while not endpoint.requests:
-                        await asyncio.sleep(0.02)
-                    began = time.monotonic()
-                    assert (await http.get("/health")).status_code == 200
-                    assert (await http.post("/rollout", json={"policy": "noop", "seed": 1})).status_code == 503
-                    assert time.monotonic() - began < 1.5
-                    return await slow
+    async def together():
+        async with httpx2.AsyncClient(base_url=url, timeout=60) as http:
+            slow = asyncio.create_task(http.post("/rollout", json={"policy": "api", "seed": 2}))
+            try:
+                assert await asyncio.to_thread(came.wait, 60)
+                assert (await http.get("/health")).status_code == 200
+                session = (await http.post("/sessions", json={"seed": 1})).json()["session_id"]
+                assert (await http.delete(f"/sessions/{session}")).status_code == 204
+                busy = await http.post("/rollout", json={"policy": "noop", "seed": 1})
+                assert busy.status_code == 503 and "try again later" in busy.json()["detail"]
+                assert not slow.done()
+            finally:
+                go_on.set()
+            return await slow
 
-            failed = asyncio.run(together())
+    failed = asyncio.run(together())
     assert failed.status_code == 502 and "HTTP 400" in failed.json()["detail"]
 
 
+def test_a_rollout_ends_when_whoever_asked_for_it_has_gone(server, endpoint, monkeypatch):
+    url, _ = server
+    go_on = threading.Event()
+    monkeypatch.setattr(endpoint, "answer", lambda request: go_on.wait(60) and Answer(completion(call("noop"))))
+
+    def running() -> int:
+        return httpx2.get(f"{url}/info").json()["rollouts"]["running"]
+
+    try:
+        with pytest.raises(httpx2.ReadTimeout):
+            httpx2.post(f"{url}/rollout", json={"policy": "api", "seed": 3}, timeout=0.5)
+        assert running() == 1
+        deadline = time.monotonic() + 10
+        while running():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    finally:
+        go_on.set()
+
+
 def test_loopback_is_known_by_its_names():
-    assert all(map(openenv_server.is_loopback, ("127.0.0.1", "127.8.8.8", "::1", "[::1]", "localhost")))
-    assert not any(map(openenv_server.is_loopback, ("0.0.0.0", "::", "10.0.0.1", "127.0.0.1.evil.example", "")))
+    assert all(map(guard.is_loopback, ("127.0.0.1", "127.8.8.8", "::1", "[::1]", "localhost")))
+    assert not any(map(guard.is_loopback, ("0.0.0.0", "::", "10.0.0.1", "127.0.0.1.evil.example", "")))
