@@ -7,7 +7,6 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 from apprentice import params
-from apprentice.data import chat_rows
 from apprentice.errors import WorkError
 from apprentice.stage import run, write_metrics
 
@@ -20,7 +19,7 @@ def main() -> None:
     from tqdm import tqdm
 
     from apprentice import prompt, store
-    from apprentice.data import dataset
+    from apprentice.data import chat_rows, dataset
 
     source = Path("data/filtered.parquet")
     achievements = defaultdict(list)

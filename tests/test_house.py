@@ -15,23 +15,11 @@ from ruamel.yaml import YAML
 
 from apprentice import fingerprint, pipeline
 from apprentice.fingerprint import PACKAGE, POLICIES, SHAPELESS, code, imports, modules, shaping
-from apprentice.pipeline import ROOT
+from apprentice.pipeline import FLOORS, ROOMS, ROOT, room
 
 DVC = [sys.executable, "-m", "dvc"]
 yaml = YAML(typ="safe")
 STAGES = pipeline.stages(yaml.load((ROOT / "dvc.yaml").read_text()))
-FLOORS = {
-    "nouns": "errors schema files cache params compute world episode prompt policy store fingerprint ledger workers "
-    "endpoint stage",
-    "verbs": "play players data student serving training results cloud environment",
-    "faces": "pipeline cli",
-}
-"""The rooms of the package: modules and packages at its top. A room imports only those that stand before it."""
-ROOMS = " ".join(FLOORS.values()).split()
-
-
-def room(path: Path) -> str:
-    return path.relative_to(PACKAGE).with_suffix("").parts[0]
 
 
 def test_every_room_has_its_floor():
@@ -76,6 +64,22 @@ def test_dvc_yaml_has_the_dependencies_that_the_rule_gives():
     assert pipeline.written(text) == text, "run make deps"
     assert pipeline.versions() == pipeline.VERSIONS.read_text(), "run make deps"
     assert len(text.splitlines()) < 250
+
+
+def test_the_drawing_is_of_this_house():
+    assert pipeline.drawn(pipeline.HOUSE.read_text()) == pipeline.HOUSE.read_text(), "run make deps"
+
+
+def test_following_a_profile_through_rl_passes_at_most_five_rooms():
+    """The rooms to which stages/rl.py hands the profile or a section of it, and those to which they hand it on."""
+    passed, waiting = set(), [ROOT / "stages/rl.py"]
+    while waiting:
+        for path in imports(waiting.pop()):
+            takes = re.search(r"\b(Profile|Rl|Prompt|Sampling|Reward|Zero)\b", path.read_text())
+            if takes and room(path) not in ("params", "schema") and path not in passed:
+                passed.add(path)
+                waiting.append(path)
+    assert {room(path) for path in passed} <= {"training", "serving", "play", "policy", "prompt"}
 
 
 @pytest.mark.parametrize("policy", POLICIES)

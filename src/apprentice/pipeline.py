@@ -1,4 +1,7 @@
-"""dvc.yaml's dependencies on code, written by the rule of fingerprint.py: `make deps`."""
+"""What is written from the code's imports: dvc.yaml's dependencies, versions.yaml, the drawing in docs/house.md.
+
+python -m apprentice.pipeline, or `make deps`.
+"""
 
 import re
 import textwrap
@@ -6,15 +9,25 @@ from pathlib import Path
 
 from ruamel.yaml import YAML
 
-from apprentice.fingerprint import COMPUTING, PACKAGE, shaping
+from apprentice.fingerprint import COMPUTING, PACKAGE, imports, modules, shaping
 
 ROOT = PACKAGE.parent.parent
 PIPELINE, LOCK, VERSIONS = ROOT / "dvc.yaml", ROOT / "requirements.lock", PACKAGE / "versions.yaml"
+HOUSE = ROOT / "docs/house.md"
+FLOORS = {
+    "nouns": "errors schema files cache params compute workers world episode prompt policy store fingerprint ledger "
+    "endpoint stage",
+    "verbs": "play players data student serving training results cloud environment",
+    "faces": "pipeline cli",
+}
+"""The rooms of the package: its modules and packages. A room imports only those that stand before it."""
+ROOMS = " ".join(FLOORS.values()).split()
 _WIDTH = 120
 
 
 def main() -> None:
-    """Bring dvc.yaml and versions.yaml up to date."""
+    """Bring all of it up to date."""
+    HOUSE.write_text(drawn(HOUSE.read_text()))
     VERSIONS.write_text(versions())
     PIPELINE.write_text(written(PIPELINE.read_text()))
 
@@ -65,6 +78,37 @@ def written(text: str) -> str:
         body = _with(body, "params", params) if params else body
         text = text[:begins] + body + text[ends:]
     return text
+
+
+def room(path: Path) -> str:
+    """The room that a module is in."""
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def doors() -> dict[str, set[str]]:
+    """Room → the rooms that it imports from."""
+    found: dict[str, set[str]] = {name: set() for name in ROOMS}
+    for path in modules():
+        if room(path) in found:
+            found[room(path)] |= {room(imported) for imported in imports(path)} & found.keys() - {room(path)}
+    return found
+
+
+def drawn(text: str) -> str:
+    """docs/house.md with the rooms' imports drawn. What follows from two other lines is left out."""
+    found = doors()
+
+    def reached(name: str) -> set[str]:
+        return found[name].union(*map(reached, found[name]))
+
+    lines = ["flowchart BT"]
+    for floor, rooms in FLOORS.items():
+        lines += [f"  subgraph {floor}", *(f"    {name}" for name in rooms.split()), "  end"]
+    for name, others in found.items():
+        further = set().union(*map(reached, others))
+        lines += [f"  {name} --> {other}" for other in ROOMS if other in others - further]
+    drawing = "\n".join(["```mermaid", *lines, "```"])
+    return re.sub(r"```mermaid\n.*?```", drawing, text, flags=re.DOTALL)
 
 
 def _with(stage: str, key: str, items: list) -> str:
