@@ -47,7 +47,7 @@ def test_nothing_is_fetched_and_no_other_script_allowed(data):
     # An address that names a vocabulary is all there may be.
     assert set(re.findall(r"https?://[^\s\"'`]+", page.split('id="data"')[0])) == set()
     assert not re.search(
-        r"innerHTML|insertAdjacent|document\.write|\beval\(", (ROOT / "src/apprentice/report.js").read_text()
+        r"innerHTML|insertAdjacent|document\.write|\beval\(", (ROOT / "src/apprentice/results/report.js").read_text()
     )
 
 

@@ -21,7 +21,7 @@ def run(main: Callable[..., None], timed: bool = True) -> None:
     """Run a stage's main() as a command line. An error of ours is one message, any other a traceback.
 
     timed: how long the stage took goes to metrics/times/<stage>.json (<stage>-<key>.json where there are several). Each
-    stage but the report has that file as an output. It differs from run to run, so only the report may depend on it.
+    stage but settings and report has that file as an output. It differs from run to run: only the report depends on it.
 
     If compute.yaml sends the stage elsewhere, this process becomes `apprentice launch` instead.
     """
