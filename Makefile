@@ -20,7 +20,8 @@ repro: setup ## the whole pipeline, only what has changed
 test: setup ## lint, then all tests
 	ruff check .
 	ruff format --check .
-	python -m pytest
+	@echo "About 12 minutes on two cores; the dots are tests, of about a thousand."
+	python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 test-vllm: setup vllm ## the student on vLLM, for real, on the CPU
 	python -m pytest tests/on_vllm.py

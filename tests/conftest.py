@@ -1,5 +1,10 @@
 """What several tests stand on."""
 
+import os
+
+# One thread for each worker of `make test`; a stage that a test starts sees to its own.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 
 from apprentice.params import Architecture, Prompt
@@ -32,3 +37,12 @@ def tiny_folder(tiny, tmp_path_factory):
 def own_cache(tmp_path, monkeypatch):
     """No test sees the user's ledger or checkpoints."""
     monkeypatch.setenv("APPRENTICE_CACHE", str(tmp_path / "cache"))
+
+
+LONG = ("test_pipeline", "test_rl", "test_chat", "test_world")
+"""Files that take minutes. They begin first, so that no core is left with one of them at the end."""
+
+
+def pytest_collection_modifyitems(items):
+    names = {name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: names.get(item.path.stem, len(LONG)))
