@@ -24,18 +24,18 @@ test: setup ## lint, then all tests
 	python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 test-vllm: setup vllm ## the student on vLLM, for real, on the CPU
-	python -m pytest tests/on_vllm.py
+	python -m pytest tests/serving/on_vllm.py
 
 test-deepspeed: setup ## two ranks that divide the optimizer's state, on two CPU cores
-	python -m pytest tests/on_deepspeed.py tests/split_training.py
+	python -m pytest tests/training/on_deepspeed.py tests/training/split_training.py
 
 test-report: setup ## the report in a headless Chromium, from Debian's packages if there's none
 	command -v chromium > /dev/null || (apt-get update --quiet && apt-get install --quiet --yes --no-install-recommends \
 	    chromium fonts-dejavu-core)
-	python -m pytest tests/report_in_browser.py
+	python -m pytest tests/results/report_in_browser.py
 
 test-openenv: setup $(OPENENV_READY) ## OpenEnv's own client against `apprentice serve`
-	python -m pytest tests/with_openenv.py
+	python -m pytest tests/environment/with_openenv.py
 
 $(OPENENV_READY): requirements-openenv.lock
 	test -x $(OPENENV)/bin/python || $(PYTHON) -m venv $(OPENENV)

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from test_pipeline import SMALL, checkout, contents, environment
+from small import SMALL, checkout, contents, environment
 
 from apprentice import compute
 from apprentice.cloud.launch import bring

@@ -10,8 +10,8 @@ from ruamel.yaml import YAML
 
 from apprentice import params
 from apprentice.errors import ConfigError
+from apprentice.pipeline import ROOT
 
-ROOT = Path(__file__).parent.parent
 STAGES = sorted(file for file in (ROOT / "stages").glob("*.py") if "params" in file.read_text())
 TEACHER = {"policy": "random", "seeds": "0-4"}
 CHAT = {"policy": "chat", "seeds": "0-4", "prompt": {"mode": "image"}, "endpoint": {"model": "m", "api_key_env": "KEY"}}

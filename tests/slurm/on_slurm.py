@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 from ruamel.yaml import YAML
+from small import SMALL, checkout, contents, environment
 from test_launch import SCHEMA
-from test_pipeline import SMALL, checkout, contents, environment
 
 from apprentice.pipeline import ROOT
 

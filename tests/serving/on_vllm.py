@@ -23,7 +23,7 @@ from peft import LoraConfig, get_peft_model
 from ruamel.yaml import YAML
 from safetensors.torch import load_file
 from served import KINDS, decisions
-from test_pipeline import SMALL, checkout, stage, started, wait_for
+from small import SMALL, checkout, stage, started, wait_for
 from test_vllm import gone
 
 from apprentice import prompt

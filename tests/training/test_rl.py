@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import SHOWN
 from safetensors.torch import load_file
-from test_pipeline import SMALL, checkout, environment
+from small import SMALL, checkout, environment
 
 from apprentice import store
 from apprentice.ledger import Ledger
