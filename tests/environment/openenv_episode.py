@@ -1,6 +1,8 @@
 """What others do with `apprentice serve`: an episode through OpenEnv's own client, typed as in TRL's examples.
 
-Runs in the environment of requirements-openenv.lock: python tests/environment/openenv_episode.py URL SEED ACTION…; prints JSON.
+Runs in the environment of requirements-openenv.lock and prints JSON:
+
+    python tests/environment/openenv_episode.py URL SEED ACTION…
 """
 
 import asyncio

@@ -1,5 +1,5 @@
 """Servers are started where they should be, waited for, restarted once and never left behind; here with a program that
-answers like vLLM. tests/on_vllm.py has the real one."""
+answers like vLLM. on_vllm.py has the real one."""
 
 import json
 import os
