@@ -401,3 +401,4 @@ def test_what_is_wrong_with_a_profile_that_extends_another_is_said(tmp_path, own
 
 def test_what_is_wrong_with_a_profile_is_said_once_whoever_extends_it(tmp_path):
     assert len(error(tmp_path, profiles__qwen2b__sft__epochs=-1).splitlines()) == 1
+    assert len(error(tmp_path, profiles__qwen2b__rl__staleness=1).splitlines()) == 1

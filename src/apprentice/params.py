@@ -666,7 +666,7 @@ def _checked(path: Path, tree: Any) -> Params:
                 node = node[part]
             elif part not in ("TinyStudent", "HubStudent"):
                 return True
-        return False
+        return node == {}
 
     return checked(path, whole, Params, inherited)
 

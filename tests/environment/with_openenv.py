@@ -40,7 +40,10 @@ def test_openenvs_client_says_that_a_server_is_gone(tmp_path):
     with serving(tmp_path) as (url, _):
         pass
     done = subprocess.run(
-        [PYTHON, ROOT / "tests/environment/openenv_episode.py", url, "1", "noop"], capture_output=True, text=True, timeout=300
+        [PYTHON, ROOT / "tests/environment/openenv_episode.py", url, "1", "noop"],
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode and "ConnectionError: Failed to connect" in done.stderr
 

@@ -17,6 +17,7 @@ from small import SMALL, checkout, environment
 
 from apprentice import store
 from apprentice.ledger import Ledger
+from apprentice.play import Spec
 from apprentice.serving.in_process import InProcess
 from apprentice.student.encoding import batch
 from apprentice.training import rollouts
@@ -29,7 +30,7 @@ def share(tiny, ledger: Ledger, rank: int = 0, ranks: int = 1, remote: bool = Fa
         local = InProcess("student", *tiny, 1.0, 4, random_seed=place)
         return Remote(local) if remote else local
 
-    return rollouts.play_share(policy, SEEDS, 3, SHOWN, ledger, "x", 2, rank, ranks)
+    return rollouts.play_share(policy, Spec(SEEDS, 3, SHOWN, together=2, fingerprint="x"), ledger, rank, ranks)
 
 
 class Remote:
