@@ -17,6 +17,7 @@ from apprentice.pipeline import ROOT
 from apprentice.world import ACTIONS, World, png
 
 PYTHON = ROOT / ".venv-openenv/bin/python"
+EPISODE = ROOT / "tests/environment/openenv_episode.py"
 
 
 @pytest.mark.parametrize("key", [{}, {"APPRENTICE_SERVE_KEY": KEY}], ids=["open", "with a key"])
@@ -28,7 +29,7 @@ def test_openenvs_clients_play_the_episode_that_the_world_plays(tmp_path, key):
         outcome = world.step(action)
         expected.append([digest(outcome.observation.image), outcome.reward, outcome.done])
     with serving(tmp_path, **key) as (url, _):
-        script = [PYTHON, ROOT / "tests/environment/openenv_episode.py", url, "17", *actions]
+        script = [PYTHON, EPISODE, url, "17", *actions]
         done = subprocess.run(script, env=os.environ | key, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     (typed, steps), (generic, said) = json.loads(done.stdout)
@@ -40,7 +41,7 @@ def test_openenvs_client_says_that_a_server_is_gone(tmp_path):
     with serving(tmp_path) as (url, _):
         pass
     done = subprocess.run(
-        [PYTHON, ROOT / "tests/environment/openenv_episode.py", url, "1", "noop"],
+        [PYTHON, EPISODE, url, "1", "noop"],
         capture_output=True,
         text=True,
         timeout=300,
