@@ -12,10 +12,17 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from time import perf_counter
+from typing import TYPE_CHECKING
 
 from apprentice import params
 from apprentice.errors import OutOfBounds
 from apprentice.stage import run, write_curve, write_metrics, write_plot
+
+if TYPE_CHECKING:
+    from transformers import Qwen3VLProcessor
+
+    from apprentice.training.rl import RlTrainer
+    from apprentice.training.self_play import SelfPlay
 
 BASE, SFT, OUT = Path("models/base"), Path("models/sft"), Path("models/rl")
 ROLLOUTS = Path("data/rl/rollouts.parquet")
@@ -96,7 +103,9 @@ def train(
         write(trainer.history, processor, profile, judge, folder, stopped)
 
 
-def iterations(trainer, play, rl: params.Rl, judge: params.Judge | None) -> Iterator[list[dict]]:
+def iterations(
+    trainer: "RlTrainer", play: "SelfPlay", rl: params.Rl, judge: params.Judge | None
+) -> Iterator[list[dict]]:
     """RL's loop: play, score, compare, draw. The trainer updates the policy on what is yielded, then asks for more.
 
     Raises OutOfBounds when too many replies are invalid, or the policy is too far from where it began.
@@ -151,7 +160,7 @@ def iterations(trainer, play, rl: params.Rl, judge: params.Judge | None) -> Iter
         yield batches
 
 
-def within(what: str, value: float, bound: float, trainer) -> None:
+def within(what: str, value: float, bound: float, trainer: "RlTrainer") -> None:
     """Raise OutOfBounds if it's above the bound."""
     if value > bound:
         done = len(trainer.history)
@@ -265,7 +274,7 @@ def metrics_of(history: list[dict], held_out: list[dict], best: dict, judge: par
     return metrics
 
 
-def write_card(processor, profile: params.Profile, iterations: int, metrics: dict) -> None:
+def write_card(processor: "Qwen3VLProcessor", profile: params.Profile, iterations: int, metrics: dict) -> None:
     """Make the adapter's folder complete: processor, model card."""
     from apprentice.student import adapter
 

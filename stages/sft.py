@@ -7,10 +7,17 @@ Checkpoints lie in the user's cache, named by everything that shapes them: a kil
 """
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from apprentice import params
 from apprentice.errors import WorkError
 from apprentice.stage import run, write_curve, write_metrics
+
+if TYPE_CHECKING:
+    from transformers import Qwen3VLProcessor
+
+    from apprentice.training.examples import Rows
+    from apprentice.training.sft import SftTrainer
 
 BASE, OUT = Path("models/base"), Path("models/sft")
 DATA = {name: Path(f"data/sft/{name}.jsonl") for name in ("train", "val")}
@@ -133,7 +140,7 @@ def arguments(profile: params.Profile, checkpoints: Path, rows: int, accumulatio
     )
 
 
-def examples_of(name: str, survey: str, processor, sft: params.Sft):
+def examples_of(name: str, survey: str, processor: "Qwen3VLProcessor", sft: params.Sft) -> "Rows":
     """The rows of a file that are short enough, in the order of training; of validation, like lengths together."""
     import numpy as np
 
@@ -150,7 +157,14 @@ def examples_of(name: str, survey: str, processor, sft: params.Sft):
     return examples.Rows(DATA[name], processor, known.places, chosen[order])
 
 
-def write(trainer, weights, processor, profile: params.Profile, surveys: dict[str, str], left_out: int) -> None:
+def write(
+    trainer: "SftTrainer",
+    weights: dict,
+    processor: "Qwen3VLProcessor",
+    profile: params.Profile,
+    surveys: dict[str, str],
+    left_out: int,
+) -> None:
     """The adapter with its card, curves and metrics."""
     from apprentice.files import remove
     from apprentice.student import adapter

@@ -119,6 +119,20 @@ def test_what_shapes_a_result(name):
     assert not NOT_SHAPED.get(name, set()) & files
 
 
+def test_what_is_imported_for_annotations_alone_shapes_nothing(tmp_path):
+    """It has to keep to the order of the rooms all the same."""
+    file = tmp_path / "stage.py"
+    file.write_text(
+        "from typing import TYPE_CHECKING\n"
+        "if TYPE_CHECKING:\n    import torch\n    from apprentice.training import rl\n"
+        "else:\n    import scipy\n    from apprentice import prompt\n"
+    )
+    files, libraries = shaping(file)
+    assert PACKAGE / "prompt.py" in files and "scipy" in libraries
+    assert PACKAGE / "training/rl.py" not in files and "torch" not in libraries
+    assert PACKAGE / "training/rl.py" in imports(file)
+
+
 def test_checkpoints_are_lost_to_an_edit_of_what_shapes_them_and_to_no_other(monkeypatch):
     """Of every file of the package, and of the pinned versions: by the fingerprints that stages name checkpoints by."""
     edited: list[Path] = []

@@ -1,11 +1,30 @@
 """The record of play: an Episode is a sequence of Steps, one for each decision."""
 
 from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
 
 from apprentice.world.observation import Observation
 
 HISTORY = 32
 """How many past actions a step remembers; no prompt can show more."""
+
+
+class Sampled(Protocol):
+    """What a trainer needs of a reply's tokens; in_process.Sample is one."""
+
+    @property
+    def encoded(self) -> Any:
+        """What was shown and answered, as the model takes it: an encoding.Encoded."""
+
+    @property
+    def logprobs(self) -> list[float]:
+        """Log-probability of each token of the answer, at the sampling temperature."""
+
+    @property
+    def hidden(self) -> np.ndarray | None:
+        """float32: the last hidden state before the answer; None from an engine that doesn't show it."""
 
 
 @dataclass(frozen=True)
@@ -18,8 +37,8 @@ class Reply:
     model: str = ""
     prompt_tokens: int = 0
     completion_tokens: int = 0
-    sample: object = None
-    """What a trainer needs of the sampled tokens; lives in memory only."""
+    sample: Sampled | None = None
+    """Of the student's own, until a trainer has had it: lives in memory only."""
 
 
 @dataclass(frozen=True)

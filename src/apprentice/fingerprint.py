@@ -8,7 +8,7 @@ libraries that these import, those of COMPUTING. An edit of anything else costs 
 import ast
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
@@ -107,15 +107,20 @@ def imports(path: Path) -> set[Path]:
     """The modules of the package that a file imports anywhere, also within functions.
 
     Of a room only what is imported from it: importing a module runs its room's __init__ as well, which shapes nothing.
+    What is imported for annotations alone counts too.
     """
-    return _reads(path)[0]
+    return _reads(path, annotations=True)[0]
 
 
 @lru_cache
-def _reads(path: Path) -> tuple[set[Path], set[str], set[Path]]:
-    """Modules of the package that a file imports, computing libraries, and files beside it that it names."""
-    names, data = set(), set()
-    for node in ast.walk(ast.parse(path.read_text())):
+def _reads(path: Path, annotations: bool = False) -> tuple[set[Path], set[str], set[Path]]:
+    """Modules of the package that a file imports, computing libraries, and files beside it that it names.
+
+    annotations: with what stands under `if TYPE_CHECKING:`, which never runs, and so shapes nothing.
+    """
+    names: set[str] = set()
+    data: set[Path] = set()
+    for node in _nodes(ast.parse(path.read_text()), annotations):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -126,6 +131,17 @@ def _reads(path: Path) -> tuple[set[Path], set[str], set[Path]]:
     found = {file for imported in names if (file := _file(imported))}
     libraries = {COMPUTING[top] for top in (imported.split(".")[0] for imported in names) if top in COMPUTING}
     return found, libraries, data
+
+
+def _nodes(tree: ast.AST, annotations: bool) -> Iterator[ast.AST]:
+    """All parts of a file's code, or those that can run."""
+    yield tree
+    for node in ast.iter_child_nodes(tree):
+        if not annotations and isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            for other in node.orelse:
+                yield from _nodes(other, annotations)
+        else:
+            yield from _nodes(node, annotations)
 
 
 def _file(module: str) -> Path | None:

@@ -3,10 +3,16 @@
 A command imports what is heavy when it runs: `apprentice --help` and completion have to be quick.
 """
 
+from importlib.util import find_spec
+
+from apprentice.errors import ConfigError, fail, guarded
+
+if not find_spec("typer"):
+    fail(ConfigError("only the world is installed here, without the command; run pip install 'apprentice[all]'"))
+
 import typer
 
 from apprentice.cli import doctor, estimate, export, imports, launch, merge, play, report, serve, settings, traces
-from apprentice.errors import guarded
 
 application = typer.Typer(
     no_args_is_help=True,

@@ -4,6 +4,7 @@ import asyncio
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -14,6 +15,9 @@ from apprentice.policy import Turn
 from apprentice.student import loading
 from apprentice.student.encoding import Encoded, batch, encode_all
 from apprentice.student.narrowing import narrow
+
+if TYPE_CHECKING:
+    from transformers import Qwen3VLForConditionalGeneration, Qwen3VLProcessor
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,15 @@ class InProcess:
     random_seed, the world's seed, how often that seed has begun before, and the turn: not on who else is playing.
     """
 
-    def __init__(self, name: str, model, processor, temperature: float, max_tokens: int, random_seed: int = 0):
+    def __init__(
+        self,
+        name: str,
+        model: "Qwen3VLForConditionalGeneration",
+        processor: "Qwen3VLProcessor",
+        temperature: float,
+        max_tokens: int,
+        random_seed: int = 0,
+    ):
         self.name, self.model, self.processor = name, model, processor
         self.temperature, self.max_tokens, self.random_seed = temperature, max_tokens, random_seed
         self._alive = 0
@@ -68,7 +80,7 @@ class InProcess:
                 future.set_result(as_reply(self.name, self.processor, len(row.prompt_ids), ids, sample))
 
 
-def as_reply(name: str, processor, prompt_tokens: int, ids: list[int], sample) -> Reply:
+def as_reply(name: str, processor: "Qwen3VLProcessor", prompt_tokens: int, ids: list[int], sample: Sample) -> Reply:
     """A reply from the tokens of its answer."""
     ended = ids[-1] == processor.tokenizer.eos_token_id
     text = processor.tokenizer.decode(ids[:-1] if ended else ids)
@@ -76,7 +88,7 @@ def as_reply(name: str, processor, prompt_tokens: int, ids: list[int], sample) -
     return Reply(message, "stop" if ended else "length", name, prompt_tokens, len(ids), sample)
 
 
-def shown(processor, turns: Sequence[Turn]) -> list[Encoded]:
+def shown(processor: "Qwen3VLProcessor", turns: Sequence[Turn]) -> list[Encoded]:
     """What the student is given at these turns: its pictures are taken as they are, and not by way of a PNG."""
     chats = [prompt.messages(turn.observation, turn.settings, turn.history, inline=False) for turn in turns]
     return encode_all(processor, chats, [prompt.pictures(turn.observation, turn.settings) for turn in turns])
@@ -117,7 +129,7 @@ class _InProcessPlayer:
         self.policy._flush()
 
 
-def vision_tokens(processor) -> list[int]:
+def vision_tokens(processor: "Qwen3VLProcessor") -> list[int]:
     """Tokens that stand for pictures: a model that says one would break its next turn, so none is ever sampled."""
     names = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
     return processor.tokenizer.convert_tokens_to_ids(list(names))
@@ -125,7 +137,11 @@ def vision_tokens(processor) -> list[int]:
 
 @torch.inference_mode()
 def generate(
-    model, processor, rows: list[Encoded], draws: np.ndarray, temperature: float
+    model: "Qwen3VLForConditionalGeneration",
+    processor: "Qwen3VLProcessor",
+    rows: list[Encoded],
+    draws: np.ndarray,
+    temperature: float,
 ) -> list[tuple[list[int], list[float], np.ndarray]]:
     """Sample an answer for each prompt: its token ids, their log-probabilities, and the last hidden state before it.
 

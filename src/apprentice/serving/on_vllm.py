@@ -4,6 +4,7 @@ import asyncio
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import aiohttp
 import numpy as np
@@ -16,6 +17,9 @@ from apprentice.serving.in_process import Sample, as_reply, vision_tokens
 from apprentice.serving.vllm import Adapter, Server
 from apprentice.student import loading
 from apprentice.student.encoding import Encoded
+
+if TYPE_CHECKING:
+    from transformers import Qwen3VLProcessor
 
 _TIMEOUT = 600.0
 """Seconds to wait for one reply."""
@@ -33,7 +37,7 @@ class OnVllm:
         name: str,
         servers: Sequence[Server],
         adapter: Adapter | None,
-        processor,
+        processor: "Qwen3VLProcessor",
         temperature: float,
         max_tokens: int,
         random_seed: int = 0,

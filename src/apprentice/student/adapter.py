@@ -8,17 +8,24 @@ import json
 from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ruamel.yaml import YAML
 
 from apprentice.params import HubStudent, TinyStudent
+
+if TYPE_CHECKING:
+    from transformers import Qwen3VLProcessor
+
 
 BASE = Path("models/base")
 CARD = "README.md"
 TAGS = ["apprentice", "crafter", "agent", "tool-use"]
 
 
-def complete(folder: Path, processor, student: HubStudent | TinyStudent, sections: dict[str, str]) -> None:
+def complete(
+    folder: Path, processor: "Qwen3VLProcessor", student: HubStudent | TinyStudent, sections: dict[str, str]
+) -> None:
     """Make what PEFT has saved a folder that transformers, PEFT and vLLM load as it is.
 
     sections: of the card, by heading, beside how to load the adapter.

@@ -5,12 +5,16 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from apprentice import prompt
 from apprentice.world import png
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, Qwen3VLProcessor
 
 
 def _pngs(messages: list[dict]) -> list[bytes]:
@@ -43,7 +47,7 @@ class Encoded:
     """int64, (pictures, 3): patches in time, height and width."""
 
 
-def length(processor, messages: list[dict]) -> int:
+def length(processor: "Qwen3VLProcessor", messages: list[dict]) -> int:
     """How many tokens `encode` would give for an answered chat; its pictures are opened only to see their size."""
     images, sizes = processor.image_processor, [png.size(data) for data in _pngs(messages)]
     patches = sum(images.get_number_of_image_patches(height, width) for width, height in sizes)
@@ -51,7 +55,7 @@ def length(processor, messages: list[dict]) -> int:
     return words - len(sizes) + patches // images.merge_size**2
 
 
-def _ids(tokenizer, texts: list[str]) -> list[list[int]]:
+def _ids(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> list[list[int]]:
     """Token ids of rendered chats, one for each picture."""
     # A special token is cut out before anything else, so what stands before the first end of turn can be kept: it's
     # the system prompt with the tools, most of the text and the same in every row.
@@ -61,14 +65,14 @@ def _ids(tokenizer, texts: list[str]) -> list[list[int]]:
 
 
 @lru_cache(maxsize=256)
-def _kept_ids(tokenizer, text: str) -> tuple[int, ...]:
+def _kept_ids(tokenizer: "PreTrainedTokenizerBase", text: str) -> tuple[int, ...]:
     return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 _PLACE = "\ue000"
 
 
-def _rendered(processor, chat: list[dict]) -> tuple[str, str]:
+def _rendered(processor: "Qwen3VLProcessor", chat: list[dict]) -> tuple[str, str]:
     """A chat by the chat template, up to where the last assistant message begins, and that message.
 
     Of a chat's words only the last of its user's change from one decision to the next, and the template copies those as
@@ -87,11 +91,11 @@ def _rendered(processor, chat: list[dict]) -> tuple[str, str]:
 
 
 @lru_cache(maxsize=256)
-def _template_kept(processor, chat: str) -> tuple[str, str]:
+def _template_kept(processor: "Qwen3VLProcessor", chat: str) -> tuple[str, str]:
     return _template(processor, json.loads(chat))
 
 
-def _template(processor, messages: list[dict]) -> tuple[str, str]:
+def _template(processor: "Qwen3VLProcessor", messages: list[dict]) -> tuple[str, str]:
     answered = messages[-1]["role"] == "assistant"
     shown = messages[:-1] if answered else messages
     before = processor.apply_chat_template(shown, tools=prompt.TOOLS, add_generation_prompt=True, tokenize=False)
@@ -102,13 +106,13 @@ def _template(processor, messages: list[dict]) -> tuple[str, str]:
     return before, whole[len(before) :].removesuffix("\n")
 
 
-def encode(processor, messages: list[dict], images: Sequence[np.ndarray] | None = None) -> Encoded:
+def encode(processor: "Qwen3VLProcessor", messages: list[dict], images: Sequence[np.ndarray] | None = None) -> Encoded:
     """One chat as `encode_all` has it."""
     return encode_all(processor, [messages], None if images is None else [images])[0]
 
 
 def encode_all(
-    processor, chats: Sequence[list[dict]], images: Sequence[Sequence[np.ndarray]] | None = None
+    processor: "Qwen3VLProcessor", chats: Sequence[list[dict]], images: Sequence[Sequence[np.ndarray]] | None = None
 ) -> list[Encoded]:
     """Token ids and pixels of chats with the tool `act`; the one way to them for training, playing and RL.
 
@@ -137,7 +141,7 @@ def encode_all(
     return found
 
 
-def batch(processor, rows: Sequence[Encoded]) -> dict[str, torch.Tensor]:
+def batch(processor: "Qwen3VLProcessor", rows: Sequence[Encoded]) -> dict[str, torch.Tensor]:
     """Model inputs: prompts padded on the left, answers on the right, so that every answer begins at one column.
 
     Returns input_ids, attention_mask, mm_token_type_ids (rows, tokens), labels (-100 outside the answers), and

@@ -3,7 +3,7 @@
 import ctypes
 from pathlib import Path
 from types import MethodType
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftModel
@@ -12,6 +12,8 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     BitsAndBytesConfig,
+    PreTrainedModel,
+    Qwen3VLProcessor,
 )
 from transformers.integrations import is_deepspeed_zero3_enabled
 
@@ -21,7 +23,7 @@ from apprentice.student.template import TEMPLATE
 from apprentice.workers import cores
 
 
-def processor(folder: Path | str):
+def processor(folder: Path | str) -> Qwen3VLProcessor:
     """What turns chats and pictures into a model's inputs."""
     found = AutoProcessor.from_pretrained(folder)
     found.chat_template = found.tokenizer.chat_template = TEMPLATE
@@ -34,12 +36,12 @@ def load(
     dtype: str = "float32",
     trainable: bool = False,
     quantization: Literal["nf4"] | None = None,
-):
+) -> tuple[PreTrainedModel | PeftModel, Qwen3VLProcessor]:
     """A model of Hugging Face's form, with a PEFT adapter if one is given. Returns (model, processor).
 
     quantization: hold the linear layers' weights in 4 bits, for QLoRA.
     """
-    how = {"dtype": getattr(torch, dtype)}
+    how: dict[str, Any] = {"dtype": getattr(torch, dtype)}
     if quantization:
         how["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
@@ -53,7 +55,7 @@ def load(
         keep_freed_memory()
     elif not is_deepspeed_zero3_enabled():  # which places the weights itself
         how["device_map"] = {"": torch.cuda.current_device()}
-    model = AutoModelForImageTextToText.from_pretrained(folder, **how)
+    model: PreTrainedModel | PeftModel = AutoModelForImageTextToText.from_pretrained(folder, **how)
     if not torch.cuda.is_available():
         use_products(model)
     if adapter:
@@ -76,7 +78,7 @@ def lora_config(lora: Lora) -> LoraConfig:
     )
 
 
-def fold(model):
+def fold(model: PeftModel) -> PeftModel:
     """On a CPU, let LoRA layers compute (W + scaling·B·A)·x as one product; the same function but for rounding.
 
     PEFT's three products of a layer as narrow as the tiny student's take half as long again. With dropout, which acts

@@ -11,12 +11,16 @@ from types import MethodType
 
 import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.models.qwen3_vl.modeling_qwen3_vl import rotate_half
+from transformers.models.qwen3_vl.modeling_qwen3_vl import (
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLTextDecoderLayer,
+    rotate_half,
+)
 
 from apprentice.student.onednn import product
 
 
-def narrow(model) -> None:
+def narrow(model: Qwen3VLForConditionalGeneration) -> None:
     """Have a Qwen3-VL compute no more of its last layer than `logits_to_keep` or its labels ask for; patches faster.
 
     Where labels are given, what comes back, tokens' log-probabilities too, begins at the first token that has one in
@@ -48,7 +52,9 @@ def _as_product(convolution: torch.nn.Conv3d, patches: torch.Tensor) -> torch.Te
     return product(patches.flatten(1), convolution.weight.flatten(1), convolution.bias)
 
 
-def _last_layer(layer, hidden_states, position_embeddings, attention_mask=None, last_positions=0, **kwargs):
+def _last_layer(
+    layer: Qwen3VLTextDecoderLayer, hidden_states, position_embeddings, attention_mask=None, last_positions=0, **kwargs
+):
     """Qwen3VLTextDecoderLayer.forward for the last positions alone; keys and values are needed of all."""
     if not 0 < last_positions < hidden_states.shape[1]:
         return type(layer).forward(layer, hidden_states, position_embeddings, attention_mask, **kwargs)

@@ -18,7 +18,7 @@ _FEW = 64
 """Rows below which the call itself takes longer than what it saves."""
 
 
-def use_products(model) -> None:
+def use_products(model: torch.nn.Module) -> None:
     """Let all linear layers of a model compute with `product`."""
     for module in model.modules():
         if type(module) is torch.nn.Linear:

@@ -1,6 +1,7 @@
 """The tiny student: a real Qwen3-VL with small numbers, random weights and a tokenizer of its own."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -63,10 +64,12 @@ def tokenizer(texts: Iterable[str], phrases: Iterable[str], vocabulary: int) -> 
     )
 
 
-def build(architecture: Architecture, tokens: PreTrainedTokenizerFast, seed: int):
+def build(
+    architecture: Architecture, tokens: PreTrainedTokenizerFast, seed: int
+) -> tuple[Qwen3VLForConditionalGeneration, Qwen3VLProcessor]:
     """A real Qwen3-VL with random weights, one visual token for each game tile. Returns (model, processor)."""
     side = {"shortest_edge": SIZE * SIZE, "longest_edge": SIZE * SIZE}
-    patch = {"size": side, "patch_size": _PIXELS_PER_TILE, "temporal_patch_size": 2, "merge_size": 1}
+    patch: dict[str, Any] = {"size": side, "patch_size": _PIXELS_PER_TILE, "temporal_patch_size": 2, "merge_size": 1}
     processor = Qwen3VLProcessor(
         image_processor=Qwen2VLImageProcessorPil(image_mean=[0.5] * 3, image_std=[0.5] * 3, **patch),
         tokenizer=tokens,

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,6 +19,9 @@ from apprentice.files import replacing
 from apprentice.student import loading
 from apprentice.student.encoding import batch, encode_all, length
 from apprentice.workers import in_processes
+
+if TYPE_CHECKING:
+    from transformers import Qwen3VLProcessor
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,8 @@ def survey(path: Path, base: Path, name: str) -> Survey:
         found = in_processes(_survey_part, calls) if size > _ALONE else (_survey_part(*call) for call in calls)
         parts = list(tqdm(found, path.name, len(calls), unit="part", mininterval=1))
         parts.sort(key=lambda part: part[0])
-        counts, episodes = Counter(), defaultdict(set)
+        counts: Counter[tuple] = Counter()
+        episodes: defaultdict[tuple, set[str]] = defaultdict(set)
         for _, _, counted, seen in parts:
             counts += counted
             for key, ids in seen.items():
@@ -91,7 +96,7 @@ _processor = lru_cache(loading.processor)
 class Rows:
     """Chat rows of a JSONL file, encoded when asked for."""
 
-    def __init__(self, path: Path, processor, places: np.ndarray, chosen: np.ndarray):
+    def __init__(self, path: Path, processor: "Qwen3VLProcessor", places: np.ndarray, chosen: np.ndarray):
         """places: where each row begins. chosen: which rows, in the order in which they are to be given."""
         self.processor, self._rows = processor, Jsonl(path, places)
         self.dataset = Dataset.from_dict({"row": chosen}).with_transform(self._encode)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, Qwen3VLForConditionalGeneration, Qwen3VLProcessor
 
 from apprentice import prompt
 from apprentice.params import Pretraining, Prompt
@@ -108,7 +108,9 @@ def pretrain(
 
 
 @torch.inference_mode()
-def sight(model, processor, settings: Prompt, held_out: list[Frame]) -> dict[str, float]:
+def sight(
+    model: Qwen3VLForConditionalGeneration, processor: Qwen3VLProcessor, settings: Prompt, held_out: list[Frame]
+) -> dict[str, float]:
     """How well a model sees, on frames it was not trained on: shares of cells that it names rightly.
 
     `tiles`: the 63 of the world; `tiles_other_than_grass`; `inventory`: the 16 of vitals and items.
@@ -128,7 +130,7 @@ def sight(model, processor, settings: Prompt, held_out: list[Frame]) -> dict[str
     }
 
 
-def _lesson(processor, settings: Prompt, chosen: list[Frame], generator: np.random.Generator) -> dict:
+def _lesson(processor: Qwen3VLProcessor, settings: Prompt, chosen: list[Frame], generator: np.random.Generator) -> dict:
     """Model inputs and labels for these frames, each a turn of play with any valid action as the reply."""
     chats = [
         [
@@ -151,7 +153,7 @@ def _lesson(processor, settings: Prompt, chosen: list[Frame], generator: np.rand
     return inputs | {"labels": labels}
 
 
-def _cells(processor, observation: Observation) -> list[int]:
+def _cells(processor: Qwen3VLProcessor, observation: Observation) -> list[int]:
     """The word for each of the 9 × 9 cells of the picture: tiles above, counts of vitals and items below."""
     counts = [*observation.vitals.values(), *observation.inventory.values()]
     counts += [0] * (2 * VIEW[0] - len(counts))
@@ -160,6 +162,6 @@ def _cells(processor, observation: Observation) -> list[int]:
 
 
 @cache
-def _word(processor, word: str) -> int:
+def _word(processor: Qwen3VLProcessor, word: str) -> int:
     """The token of a word within a text."""
     return processor.tokenizer(f" {word}", add_special_tokens=False)["input_ids"][-1]

@@ -8,6 +8,7 @@ Of TRL 1.16 this file alone uses names that are not public: `_prepare_inputs`, `
 """
 
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -22,6 +23,10 @@ from apprentice.student.encoding import batch
 from apprentice.student.narrowing import narrow
 from apprentice.training import rollouts
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import Qwen3VLProcessor
+
 
 class RlTrainer(GRPOTrainer):
     """TRL's GRPO on batches that it is given, an iteration's at a time.
@@ -30,7 +35,18 @@ class RlTrainer(GRPOTrainer):
     on its share.
     """
 
-    def __init__(self, model, processor, settings: Rl, shown_with: Prompt, args: GRPOConfig, exact: bool):
+    args: GRPOConfig
+    processing_class: "Qwen3VLProcessor"
+
+    def __init__(
+        self,
+        model: "PeftModel",
+        processor: "Qwen3VLProcessor",
+        settings: Rl,
+        shown_with: Prompt,
+        args: GRPOConfig,
+        exact: bool,
+    ):
         """model: with the adapter to train. exact: the sampler's log-probabilities are this trainer's own."""
         self.rl, self.shown_with, self.exact = settings, shown_with, exact
         self._experience: Iterator[list[dict]] = iter(())

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +20,9 @@ from apprentice.play import Spec, play
 from apprentice.policy import Policy, Turn
 from apprentice.serving.in_process import InProcess, Sample, shown
 from apprentice.student.encoding import Encoded
+
+if TYPE_CHECKING:
+    from transformers import Qwen3VLProcessor
 
 _SAMPLE = pa.schema(
     [
@@ -115,7 +119,7 @@ def _sample(row: dict) -> Sample:
     return Sample(Encoded([], row["answer_ids"], None, None), row["logprobs"], hidden)
 
 
-def encoded(steps: Sequence[Step], settings: Prompt, processor) -> list[Encoded]:
+def encoded(steps: Sequence[Step], settings: Prompt, processor: "Qwen3VLProcessor") -> list[Encoded]:
     """What was shown and answered, as the model takes it; rendered here for decisions that were read back, or served.
 
     Raises WorkError if a server was shown something else.

@@ -3,10 +3,11 @@
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from accelerate import PartialState
+from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 
 from apprentice.policy import Policy
@@ -15,16 +16,19 @@ from apprentice.serving.on_vllm import OnVllm
 from apprentice.serving.vllm import Adapter, Server
 from apprentice.student.narrowing import narrow
 
+if TYPE_CHECKING:
+    from transformers import Qwen3VLForConditionalGeneration, Qwen3VLProcessor
+
 
 class Sampler(Protocol):
-    """Takes the trainer's weights and plays with them. Its replies carry a `local.Sample`, wherever they were drawn."""
+    """Takes the trainer's weights and plays with them. Its replies carry an `episode.Sampled`, wherever drawn."""
 
     exact: bool
     """Its log-probabilities are the trainer's own, but for the rounding of float32."""
     apart: bool
     """It can play while the trainer works."""
 
-    def update(self, model, version: int) -> None:
+    def update(self, model: PeftModel, version: int) -> None:
         """Play with this PEFT model's adapter from now on. Called in every rank; version: the iteration."""
 
     def policy(self, temperature: float, max_tokens: int, random_seed: int) -> Policy:
@@ -45,14 +49,14 @@ class InProcessSampler:
 
     apart = False
 
-    def __init__(self, model, processor):
+    def __init__(self, model: "Qwen3VLForConditionalGeneration", processor: "Qwen3VLProcessor"):
         """model: the base model once more."""
         self.model, self.processor = model, processor
         self.exact = model.dtype == torch.float32
         narrow(model)
 
     @torch.no_grad()
-    def update(self, model, version: int) -> None:
+    def update(self, model: PeftModel, version: int) -> None:
         """Merge the adapter's weights into the copy; it answers a third faster so."""
         for name, module in model.get_base_model().named_modules():
             if isinstance(module, LoraLayer):
@@ -77,7 +81,7 @@ class VllmSampler:
 
     exact = False
 
-    def __init__(self, servers: Sequence[Server], processor, folder: Path, sleeps: bool = False):
+    def __init__(self, servers: Sequence[Server], processor: "Qwen3VLProcessor", folder: Path, sleeps: bool = False):
         """folder: for the adapters; the servers have to be able to read it. sleeps: servers and trainer share GPUs."""
         self.servers, self.processor, self.folder, self.sleeps = servers, processor, folder, sleeps
         self._adapter: Adapter | None = None
@@ -85,7 +89,7 @@ class VllmSampler:
         self._state = PartialState()
         self._asleep = False
 
-    def update(self, model, version: int) -> None:
+    def update(self, model: PeftModel, version: int) -> None:
         self._state.wait_for_everyone()  # from here on, no rank plays with the adapter before
         folder = self.folder / str(version)
         if self._state.is_main_process:

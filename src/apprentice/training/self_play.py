@@ -15,13 +15,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 
 from apprentice.episode import Episode
 from apprentice.files import replacing
 from apprentice.ledger import Ledger
-from apprentice.params import Profile
+from apprentice.params import Profile, Reward
 from apprentice.play import Spec
 from apprentice.student.encoding import batch
 from apprentice.training import rollouts
@@ -37,7 +37,8 @@ class SelfPlay:
     def __init__(self, trainer: RlTrainer, sampler: Sampler, profile: Profile, folder: Path):
         """folder: the run's, in the cache; its name is the fingerprint of all that shapes the run."""
         self.trainer, self.sampler, self.profile, self.folder = trainer, sampler, profile, folder
-        self.rl, self._ahead = profile.rl, None
+        self.rl = profile.rl
+        self._ahead: Callable[[], list[Episode]] | None = None
 
     def episodes(self, iteration: int) -> list[Episode]:
         """An iteration's groups, in order, played with the policy as it is now."""
@@ -91,7 +92,7 @@ class SelfPlay:
             (path / "evaluation.json").write_text(json.dumps(found))
 
     @property
-    def _model(self):
+    def _model(self) -> PeftModel:
         return self.trainer.accelerator.unwrap_model(self.trainer.model)
 
     @property
@@ -178,7 +179,7 @@ class SelfPlay:
         return replace(episode, steps=tuple(steps))
 
 
-def summary(episodes: Sequence[Episode], reward, seconds: float) -> dict[str, float]:
+def summary(episodes: Sequence[Episode], reward: Reward, seconds: float) -> dict[str, float]:
     """What an iteration's play was like, for the log."""
     steps = [step for episode in episodes for step in episode.steps]
     asked = Counter(action for step in steps for action in step.asked)
@@ -206,7 +207,7 @@ def _fulfil(future: Future, work: Callable[[], object]) -> None:
         future.set_exception(error)
 
 
-def _digest(model) -> str:
+def _digest(model: PeftModel) -> str:
     """A name for the adapter's weights."""
     hashed = hashlib.sha256()
     for name, weight in sorted(get_peft_model_state_dict(model, adapter_name="default").items()):

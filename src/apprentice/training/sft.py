@@ -18,7 +18,7 @@ class SftTrainer(SFTTrainer):
         narrow(self.accelerator.unwrap_model(self.model).get_base_model())
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
-        self._evaluated = []
+        self._evaluated: list[torch.Tensor] = []
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         loss, right, tokens = torch.cat(self._evaluated).sum(dim=0).tolist()
         output.metrics[f"{metric_key_prefix}_loss"] = loss / tokens
