@@ -48,11 +48,12 @@ UNIMPORTED = {
     "dvc-s3": "DVC imports it for a remote on S3",
     "mypy": "a program",
     "mypy-baseline": "a program",
+    "pytest-xdist": "pytest imports it for make test",
     "ruff": "a program",
     "torchvision": "Transformers imports it for processors",
 }
 """Declared and never imported here, with who uses it."""
-LOCAL = {path.stem for path in (ROOT / "tests").glob("*.py")} | {"apprentice", "stages", "sft", "closure"}
+LOCAL = {path.stem for path in (ROOT / "tests").rglob("*.py")} | {"apprentice", "stages", "sft"}
 
 
 def declared(extra: str) -> set[str]:
@@ -96,7 +97,7 @@ def imported(path: Path) -> set[str]:
     return found - sys.stdlib_module_names - LOCAL
 
 
-FILES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "stages").glob("*.py"), *(ROOT / "tests").glob("*.py")])
+FILES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "stages").glob("*.py"), *(ROOT / "tests").rglob("*.py")])
 DISTRIBUTIONS = {name: {canonicalize_name(one) for one in found} for name, found in packages_distributions().items()}
 
 
