@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import get_args
 
 import networkx as nx
 import pytest
@@ -16,6 +17,7 @@ from ruamel.yaml import YAML
 
 from apprentice import fingerprint, pipeline
 from apprentice.fingerprint import PACKAGE, POLICIES, SHAPELESS, code, imports, modules, shaping
+from apprentice.params import Agent
 from apprentice.pipeline import FLOORS, ROOMS, ROOT, room
 
 DVC = [sys.executable, "-m", "dvc"]
@@ -25,6 +27,12 @@ STAGES = pipeline.stages(yaml.load((ROOT / "dvc.yaml").read_text()))
 
 def test_every_room_has_its_floor():
     assert {room(path) for path in modules()} - {"__init__"} == set(ROOMS) and len(ROOMS) <= 30
+
+
+def test_the_table_of_rooms_has_each_room_in_its_place():
+    rows = re.findall(r"^\| (?:\*\*(\w+)\*\*|`(\w+)`) \|", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
+    floors = [(floor, *rooms.split()) for floor, rooms in FLOORS.items()]
+    assert [floor or one for floor, one in rows] == [name for names in floors for name in names]
 
 
 def test_imports_go_down_only_and_in_no_circle():
@@ -81,6 +89,12 @@ def test_following_a_profile_through_rl_passes_at_most_five_rooms():
                 passed.add(path)
                 waiting.append(path)
     assert {room(path) for path in passed} <= {"training", "serving", "play", "policy", "prompt"}
+
+
+def test_every_policy_that_a_setting_can_name_is_a_module_that_the_rule_knows():
+    assert set(get_args(Agent.model_fields["policy"].annotation)) == set(POLICIES)
+    for policy in POLICIES:
+        assert (PACKAGE / f"players/{policy}.py").is_file()
 
 
 @pytest.mark.parametrize("policy", POLICIES)
