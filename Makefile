@@ -30,7 +30,7 @@ test-deepspeed: setup ## two ranks that divide the optimizer's state, on two CPU
 	python -m pytest tests/training/on_deepspeed.py tests/training/split_training.py
 
 test-report: setup ## the report in a headless Chromium, from Debian's packages if there's none
-	command -v chromium > /dev/null || (apt-get update --quiet && apt-get install --quiet --yes --no-install-recommends \
+	command -v chromium > /dev/null || (apt-get update --quiet && apt-get install --quiet --yes -o DPkg::Lock::Timeout=600 --no-install-recommends \
 	    chromium fonts-dejavu-core)
 	python -m pytest tests/results/report_in_browser.py
 
