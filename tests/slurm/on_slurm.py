@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 from small import SMALL, checkout, contents, environment
-from test_launch import SCHEMA
 
 from apprentice.pipeline import ROOT
 
+SCHEMA = ROOT / "tests/slurm/schema.json"
 CACHE = Path(os.environ["HOME"]).parent
 """The folder of tests/slurm/start.sh."""
 SHARED = CACHE / "shared"
