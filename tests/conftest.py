@@ -1,7 +1,10 @@
 """What several tests stand on."""
 
 import os
+import signal
 
+# A shell has its background jobs ignore Ctrl-C, and so would every program that a test starts to interrupt it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # One thread for each worker of `make test`; a stage that a test starts sees to its own.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
