@@ -3,14 +3,17 @@
 import os
 import signal
 
-# A shell has its background jobs ignore Ctrl-C, and so would every program that a test starts to interrupt it.
-signal.signal(signal.SIGINT, signal.default_int_handler)
-# One thread for each worker of `make test`; a stage that a test starts sees to its own.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-
 import pytest
 
 from apprentice.params import Architecture, Prompt
+
+
+def pytest_configure() -> None:
+    # A shell has its background jobs ignore Ctrl-C, and so would every program that a test starts to interrupt it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    # For each worker of `make test`, which has its core to itself; a stage that a test starts sees to its own.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 
 SHOWN = Prompt(mode="image", rules=False, history=2)
 
