@@ -105,7 +105,10 @@ def test_a_kill_of_all_ranks_leaves_no_trace(trained, made, tmp_path):
     shutil.copytree(made, killed)
     code = "import sys, pathlib, split_training as t; t.train(pathlib.Path(sys.argv[1]), 2, 4, 1, 2)"
     process = subprocess.Popen(
-        [sys.executable, "-c", code, killed], cwd=ROOT / "tests/training", start_new_session=True
+        [sys.executable, "-c", code, killed],
+        cwd=ROOT / "tests/training",
+        env=os.environ | {"PYTHONPATH": str(ROOT / "tests")},
+        start_new_session=True,
     )
     end = time.monotonic() + 600
     while not list(killed.glob("checkpoints/checkpoint-10/whole")):
