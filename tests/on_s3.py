@@ -79,8 +79,9 @@ def pushed(server, tmp_path_factory) -> Path:
 def clone(pushed: Path, folder: Path) -> Path:
     """What a colleague has from git: nothing of DVC's."""
     top = folder / "clone"
-    left = ("data", "models", "metrics", "cache", "tmp", "__pycache__")
-    shutil.copytree(pushed, top, ignore=shutil.ignore_patterns(*left))
+    shutil.copytree(pushed, top, ignore=shutil.ignore_patterns("cache", "tmp", "__pycache__"))
+    for name in ("data", "models", "metrics"):
+        shutil.rmtree(top / name)
     (top / "metrics").mkdir()
     shutil.copy(pushed / "metrics/summary.json", top / "metrics")
     assert not (top / ".dvc/cache").exists() and not (top / "models").exists()

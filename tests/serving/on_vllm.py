@@ -290,7 +290,7 @@ def test_rl_and_benchmark_play_on_a_server_that_runs_already(top, servers, tmp_p
 
 
 def test_an_iteration_played_ahead_is_continued_with_the_policy_that_began_it(top, tmp_path):
-    served_by(top, student="in_process")
+    served_by(top, use="never")
     weights, found = top / "models/rl/adapter_model.safetensors", []
     for name, killed in (("undisturbed", False), ("killed", True)):
         if killed:

@@ -208,3 +208,14 @@ def test_an_adapter_is_called_by_its_weights_and_loaded_once(program, tmp_path):
         with Servers(plan(running_already, [], training=True), running_already, tmp_path, "float32", []) as named:
             assert [known.url for known in named.servers] == [server.url]
         assert httpx2.get(f"{server.url}/health").status_code == 200  # not ours to end
+
+
+def test_what_a_servers_processes_do_first_is_there(tmp_path):
+    """On a CPU, vLLM's own environment has a torchvision that can't be imported without it."""
+    folder = vllm._VARIABLES["PYTHONPATH"]
+    code = (
+        "import sitecustomize, sys; print(sitecustomize.__file__, any('Torchvision' in str(x) for x in sys.meta_path))"
+    )
+    environment = os.environ | {"PYTHONPATH": folder}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout.split() == [f"{folder}/sitecustomize.py", "True"], done.stderr
