@@ -19,7 +19,7 @@ from rich.table import Table
 
 from apprentice import params
 from apprentice.errors import WorkError
-from apprentice.student import adapter, tiny
+from apprentice.student import tiny
 from apprentice.training import devices, memory
 
 # config.json of Qwen/Qwen3-VL-{2B,4B,8B}-Instruct at the revisions of params.yaml. The numbers of parameters that they
@@ -204,7 +204,7 @@ def measure(size: str, folder: Path, found: Path, settings: dict, steps: int) ->
         train_dataset=Dataset.from_dict({"images": [[0]] * micro * (steps + 1)}),
         data_collator=lambda _: dict(batch),
         processing_class=loading.processor(folder / "model"),
-        peft_config=adapter.lora_config(params.Lora(dropout=0.05, vision=settings["vision"])),
+        peft_config=loading.lora_config(params.Lora(dropout=0.05, vision=settings["vision"])),
         callbacks=[Clock()],
     )
     if settings["features"]:  # computed once, as if read from a disk

@@ -1,6 +1,6 @@
 """How well random, noop and the expert play at 200, 2,000 and 10,000 steps: python benchmarks/teachers.py [EPISODES]
 
-Runs stages/benchmark.py itself in a folder of its own, on worlds that the expert was not tuned on. Prints Markdown.
+Runs the stages benchmark and score themselves in a folder of its own, on worlds that the expert was not tuned on. Prints Markdown.
 """
 
 import json
@@ -38,11 +38,14 @@ def scores(cap: int, episodes: int) -> dict:
     """metrics/benchmark.json for episodes of at most this many steps."""
     yaml = YAML(typ="safe")
     tree = yaml.load((TOP / "params.yaml").read_text())
-    tree["benchmark"] = {"seeds": f"200000-{200_000 + episodes - 1}", "max_steps": cap, "agents": AGENTS}
+    tree["benchmark"] = {"seeds": f"200000-{200_000 + episodes - 1}", "max_steps": cap}
+    tree["benchmark"]["agents"] = {name: {"policy": name} for name in AGENTS}
     with tempfile.TemporaryDirectory() as folder:
         with (Path(folder) / "params.yaml").open("w") as file:
             yaml.dump(tree, file)
-        subprocess.run([sys.executable, TOP / "stages/benchmark.py"], cwd=folder, check=True, stdout=sys.stderr)
+        for stage in (*(["benchmark.py", name] for name in AGENTS), ["score.py"]):
+            command = [sys.executable, TOP / "stages" / stage[0], *stage[1:]]
+            subprocess.run(command, cwd=folder, check=True, stdout=sys.stderr)
         return json.loads((Path(folder) / "metrics/benchmark.json").read_text())
 
 
