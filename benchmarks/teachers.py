@@ -1,6 +1,7 @@
 """How well random, noop and the expert play at 200, 2,000 and 10,000 steps: python benchmarks/teachers.py [EPISODES]
 
-Runs the stages benchmark and score themselves in a folder of its own, on worlds that the expert was not tuned on. Prints Markdown.
+Runs the stages benchmark and score themselves, in a folder of its own, on worlds that the expert was not tuned on.
+Prints Markdown.
 """
 
 import json
