@@ -285,7 +285,7 @@ def test_rl_and_benchmark_play_on_a_server_that_runs_already(top, servers, tmp_p
         rows = list(csv.DictReader(file))
     assert [float(row["staleness"]) for row in rows] == [0, 1, 1]
     assert 0 < float(rows[0]["sampler_mismatch"]) < 1e-3
-    said = stage(top, tmp_path / "cache", "stages/benchmark.py", "rl")
+    said = stage(top, tmp_path / "cache", "stages/benchmark_student.py", "rl")
     assert "2 episodes" in said and (top / "data/benchmark/rl.parquet").exists()
 
 
