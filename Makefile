@@ -20,7 +20,7 @@ repro: setup ## the whole pipeline, only what has changed
 test: types ## lint and types, then all tests
 	ruff check .
 	ruff format --check .
-	@echo "About 12 minutes on two cores; the dots are tests, of about a thousand."
+	@echo "About 15 minutes on two cores; the dots are tests, about 1,200 of them."
 	python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 test-vllm: setup vllm ## the student on vLLM, for real, on the CPU
