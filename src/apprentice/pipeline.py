@@ -51,16 +51,12 @@ def file_of(stage: dict) -> Path:
 
 
 def code_of(name: str, stage: dict) -> tuple[list[str], list[str]]:
-    """The paths of the code that shapes a stage's outputs, whole rooms as folders, and the libraries it computes with.
+    """The paths of the code that shapes a stage's outputs, and the libraries it computes with.
 
     A player is left to dvc.yaml, which names it after the policy in params.yaml.
     """
     files, libraries = shaping(file_of(stage))
     files = set(files) | ({PACKAGE / "params.py", PACKAGE / "schema.py"} if name == "settings" else set())
-    for room in sorted(path for path in PACKAGE.iterdir() if path.is_dir()):
-        inside = {file for file in room.rglob("*") if file.is_file() and "__pycache__" not in file.parts}
-        if inside and inside <= files:
-            files = files - inside | {room}
     return sorted(str(path.relative_to(ROOT)) for path in files), list(libraries)
 
 
