@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import LogitsProcessor
 
-from apprentice import compute, params, play, prompt
+from apprentice import compute, gpus, params, play, prompt
 from apprentice.policy import Turn
 from apprentice.serving import in_process, on_vllm, vllm
 from apprentice.student import encoding, loading
@@ -47,7 +47,7 @@ def main(adapter: Path = Path("models/sft"), episodes: int = 16, steps: int = 20
     rates["TRL, environment_factory"] = trl(adapter, seeds, steps, profile)
 
     serving = compute.load().vllm.model_copy(update={"use": "always"})
-    plan = vllm.plan(serving, vllm.gpus(), training=False)
+    plan = vllm.plan(serving, gpus.names(), training=False)
     with vllm.Servers(plan, serving, BASE, profile.dtype, [adapter]) as running:
         there = on_vllm.load("student", running.servers, str(adapter), 1.0, tokens, str(BASE))
         rates["ours, on vLLM"], shares["ours, on vLLM"] = ours(there, seeds, steps, shown)
@@ -167,7 +167,7 @@ def trl(adapter: Path, seeds: list[int], steps: int, profile: params.Profile) ->
             num_generations=2,
             max_completion_length=4096,
             max_tool_calling_iterations=steps,
-            use_cpu=not torch.cuda.is_available(),
+            use_cpu=not gpus.used(),
             bf16=profile.dtype == "bfloat16",
             gradient_checkpointing=False,
             learning_rate=0.0,

@@ -34,7 +34,7 @@ def main(name: str) -> None:
 
 def episodes(name: str, weights: Path, benchmark: params.Benchmark, profile: params.Profile) -> Iterator[bytes]:
     """The student's episodes (`store.to_bytes`) in the order of the seeds, kept from before or played now."""
-    from apprentice import compute
+    from apprentice import compute, gpus
     from apprentice.files import digest
     from apprentice.fingerprint import code, fingerprint
     from apprentice.play import Spec, record
@@ -44,7 +44,7 @@ def episodes(name: str, weights: Path, benchmark: params.Benchmark, profile: par
     sampling = profile.sampling
     adapters = [] if weights == BASE else [weights]
     settings = compute.load().vllm
-    plan = vllm.plan(settings, vllm.gpus(), training=False)
+    plan = vllm.plan(settings, gpus.names(), training=False)
     servers = vllm.Servers(plan, settings, BASE, profile.dtype, adapters)
     shaping = {
         "prompt": profile.prompt.model_dump(mode="json"),

@@ -7,7 +7,6 @@ few iterations the student plays held-out worlds; the adapter that did best ther
 lie in the user's cache, one for each iteration, and finished episodes in the ledger: a killed run continues.
 """
 
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,7 +37,7 @@ def main() -> None:
 
         api_key(judge.endpoint, "judge.endpoint")  # before hours of play
 
-    from apprentice import compute
+    from apprentice import compute, gpus
     from apprentice.cache import cache_folder
     from apprentice.files import digest
     from apprentice.fingerprint import code, fingerprint
@@ -52,10 +51,8 @@ def main() -> None:
         shaping["judge"]["endpoint"] = judge.endpoint.asked
     shaping["inputs"] = [digest(folder) for folder in (BASE, SFT)]
     serving = compute.load().vllm
-    plan = vllm.plan(serving, vllm.gpus(), training=True)
-    if plan.training is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(plan.training)
-    ranks, rows, accumulation = devices.layout(rl.batch_size, rl.micro_batch_size)
+    plan = vllm.plan(serving, gpus.names(), training=True)
+    ranks, rows, accumulation = devices.layout(rl.batch_size, rl.micro_batch_size, on=plan.training)
     if rl.zero.stage:
         shaping["ranks"] = ranks  # each has its part of a checkpoint
     made_by = code(__file__, afterwards=("student.adapter",))  # which writes the model card
@@ -63,7 +60,7 @@ def main() -> None:
     relief = f"What helps, in this order, under profiles.{settings.profile}.rl: micro_batch_size, zero.stage: 2"
     with vllm.Servers(plan, serving, BASE, profile.dtype, [SFT]) as students:
         work = (train, ranks, profile, judge, folder, rows, accumulation, students.servers, plan.sleeps)
-        devices.launch(*work, group=rl.zero.stage > 0, relief=relief)
+        devices.launch(*work, group=rl.zero.stage > 0, relief=relief, on=plan.training)
 
 
 def train(
@@ -169,9 +166,9 @@ def within(what: str, value: float, bound: float, trainer: "RlTrainer") -> None:
 
 def arguments(profile: params.Profile, folder: Path, rows: int, accumulation: int):
     """The settings as TRL takes them."""
-    import torch
     from trl import GRPOConfig
 
+    from apprentice import gpus
     from apprentice.training import memory
 
     rl = profile.rl
@@ -201,8 +198,8 @@ def arguments(profile: params.Profile, folder: Path, rows: int, accumulation: in
         logging_steps=rl.epochs * batches,
         ignore_data_skip=True,
         bf16=profile.dtype == "bfloat16",
-        use_cpu=not torch.cuda.is_available(),
-        gradient_checkpointing=torch.cuda.is_available(),
+        use_cpu=not gpus.used(),
+        gradient_checkpointing=gpus.used(),
         deepspeed=memory.zero_config(rl.zero),
         ddp_find_unused_parameters=False,
         ddp_timeout=24 * 3600,  # the slowest rank's play is waited for

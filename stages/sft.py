@@ -100,9 +100,9 @@ def train(
 
 def arguments(profile: params.Profile, checkpoints: Path, rows: int, accumulation: int):
     """The settings as TRL takes them."""
-    import torch
     from trl import SFTConfig
 
+    from apprentice import gpus
     from apprentice.training import devices, memory
 
     sft, readers = profile.sft, devices.readers()
@@ -126,7 +126,7 @@ def arguments(profile: params.Profile, checkpoints: Path, rows: int, accumulatio
         metric_for_best_model="eval_loss",
         logging_steps=min(sft.eval_steps, 25),
         bf16=profile.dtype == "bfloat16",
-        use_cpu=not torch.cuda.is_available(),
+        use_cpu=not gpus.used(),
         gradient_checkpointing=sft.gradient_checkpointing,
         deepspeed=memory.zero_config(sft.zero),
         ddp_find_unused_parameters=False,

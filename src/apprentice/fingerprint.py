@@ -21,7 +21,8 @@ PACKAGE = Path(__file__).parent
 
 SHAPELESS = (
     # How a command begins and ends, and where things are kept.
-    "__init__", "errors", "files", "cache", "fingerprint", "ledger", "workers", "stage", "schema", "pipeline",
+    "__init__", "errors", "files", "cache", "fingerprint", "ledger", "workers", "gpus", "stage", "schema",
+    "pipeline",
     # Settings: what they come to is in data/settings, which stages depend on. Where a stage runs.
     "params", "compute", "cloud", "cli", "environment",
     # What was paid for is kept as it came, whatever asks for it; and what it costs.
@@ -153,13 +154,10 @@ def _file(module: str) -> Path | None:
 
 
 def _named(folder: Path, text: str) -> set[Path]:
-    """The file, or the folder's files, of this name beside a module."""
+    """The file of this name beside a module."""
     if not text or len(text) > 60 or "/" in text or text.startswith(".") or "\n" in text:
         return set()
-    at = folder / text
-    if at.is_dir() and not (at / "__init__.py").exists():
-        return {file for file in at.rglob("*.py") if "__pycache__" not in file.parts}
-    return {at} if at.is_file() else set()
+    return {folder / text} if (folder / text).is_file() else set()
 
 
 def _version(library: str) -> str:

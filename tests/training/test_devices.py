@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from apprentice import gpus
 from apprentice.errors import ConfigError, WorkError
 from apprentice.params import Lora, Sft
 from apprentice.training import devices, memory
@@ -18,7 +19,8 @@ from apprentice.training import devices, memory
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize(("batch", "micro"), [(32, 16), (32, 1), (30, 7), (16, 64), (1, 8), (7, 3)])
 def test_a_batch_has_its_size_on_any_number_of_devices(monkeypatch, count, batch, micro):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setenv(gpus.REHEARSAL, "1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count))))
     ranks, rows, accumulation = devices.layout(batch, micro)
     assert ranks * rows * accumulation == batch
     assert ranks <= count and rows <= micro

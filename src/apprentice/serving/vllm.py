@@ -138,15 +138,6 @@ class Plan:
     """Servers and trainer take turns on the same GPUs."""
 
 
-def gpus() -> list[str]:
-    """The names of this process's GPUs, as CUDA_VISIBLE_DEVICES has them."""
-    import torch
-
-    count = torch.cuda.device_count()  # asks NVML: CUDA must not be begun before the devices are shared out
-    named = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-    return named[:count] or [str(number) for number in range(count)]
-
-
 def plan(settings: Vllm, here: list[str], training: bool) -> Plan:
     """Where the student is to play. here: the machine's GPUs. Raises ConfigError on what cannot be."""
     if settings.use == "never" or (settings.use == "auto" and not (here and program(settings))):

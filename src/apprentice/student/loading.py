@@ -17,6 +17,7 @@ from transformers import (
 )
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from apprentice import gpus
 from apprentice.params import Lora
 from apprentice.student.onednn import product, use_products
 from apprentice.student.template import TEMPLATE
@@ -49,14 +50,14 @@ def load(
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=how["dtype"],
             # On a CPU widths have to be multiples of 64, which that of the tiny student's tower isn't.
-            llm_int8_skip_modules=None if torch.cuda.is_available() else ["model.visual", "lm_head"],
+            llm_int8_skip_modules=None if gpus.used() else ["model.visual", "lm_head"],
         )
-    if not torch.cuda.is_available():
+    if not gpus.used():
         keep_freed_memory()
     elif not is_deepspeed_zero3_enabled():  # which places the weights itself
         how["device_map"] = {"": torch.cuda.current_device()}
     model: PreTrainedModel | PeftModel = AutoModelForImageTextToText.from_pretrained(folder, **how)
-    if not torch.cuda.is_available():
+    if not gpus.used():
         use_products(model)
     if adapter:
         model = fold(PeftModel.from_pretrained(model, adapter, is_trainable=trainable))
@@ -86,7 +87,7 @@ def fold(model: PeftModel) -> PeftModel:
     """
     layers = [module for module in model.modules() if isinstance(module, lora.Linear)]
     dropout = any(isinstance(part, torch.nn.Dropout) for layer in layers for part in layer.lora_dropout.values())
-    for layer in [] if dropout or torch.cuda.is_available() else layers:
+    for layer in [] if dropout or gpus.used() else layers:
         layer.forward = MethodType(_folded, layer)
     return model
 

@@ -5,11 +5,12 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import multiprocessing
 
+from apprentice import gpus
 from apprentice.errors import ConfigError, WorkError, fail
 from apprentice.workers import cores, end_with_parent
 
@@ -17,13 +18,15 @@ _LEAST = 8
 """Rows of a batch that a core should have: below that a step is all overhead."""
 
 
-def layout(batch_size: int, micro_batch_size: int, most: int | None = None) -> tuple[int, int, int]:
+def layout(
+    batch_size: int, micro_batch_size: int, most: int | None = None, on: Sequence[str] | None = None
+) -> tuple[int, int, int]:
     """(ranks, rows at once on each, steps of accumulation) that make up a batch of this size on this machine.
 
     The product is always batch_size, so that the same settings train alike on any number of devices.
-    most: ranks, where there is no work for more.
+    most: ranks, where there is no work for more. on: the GPUs to train on; None are all of this machine.
     """
-    devices = torch.cuda.device_count() or max(1, min(cores(), batch_size // _LEAST))
+    devices = len(gpus.names() if on is None else on) or max(1, min(cores(), batch_size // _LEAST))
     devices = min(devices, most or devices)
     ranks = next(count for count in range(devices, 0, -1) if batch_size % count == 0)
     share = batch_size // ranks
@@ -39,18 +42,29 @@ def readers() -> int:
     Four keep up with an H200 several times over (benchmarks/sft_data.py).
     """
     share = cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return min(4, max(1, share - 1)) if torch.cuda.is_available() else 0
+    return min(4, max(1, share - 1)) if gpus.used() else 0
 
 
-def launch(work: Callable[..., None], ranks: int, *args, group: bool = False, relief: str = "") -> None:
+def launch(
+    work: Callable[..., None],
+    ranks: int,
+    *args,
+    group: bool = False,
+    relief: str = "",
+    on: Sequence[str] | None = None,
+) -> None:
     """Run work(*args) once in each rank, in this process if there is just one.
 
     torch, accelerate and TRL find their rank in the environment, as torchrun would set it. The first rank that fails
     ends the others, and this process with the same exit code or its error. No rank outlives this process.
 
     group: make a process group of one rank too, as DeepSpeed wants. relief: what to say would help when memory is full.
+    on: the GPUs to train on, None are all. A process that has begun CUDA sees the GPUs that it saw then, whatever the
+    environment says later: so with GPUs of its own, one rank too is a process of its own.
     """
-    if ranks == 1 and not group:
+    if on is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(on)  # which the ranks inherit
+    if ranks == 1 and not group and on is None:
         torch.set_num_threads(cores())
         _work(work, relief, args)
         return
@@ -82,7 +96,7 @@ def _rank(rank: int, work: Callable[..., None], ranks: int, port: int, relief: s
     os.environ |= {name: str(ranks) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
     torch.set_num_threads(max(1, cores() // ranks))
-    if torch.cuda.is_available():
+    if gpus.used():
         torch.cuda.set_device(rank)
     try:
         _work(work, relief, args)

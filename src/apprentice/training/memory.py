@@ -1,7 +1,6 @@
 """Where memory is short: DeepSpeed's configuration, and what to change when it is full."""
 
-import torch
-
+from apprentice import gpus
 from apprentice.params import Sft, Zero
 
 
@@ -14,17 +13,17 @@ def zero_config(zero: Zero) -> dict | None:
     """
     if not zero.stage:
         return None
-    if not torch.cuda.is_available():
+    if not gpus.used():
         import deepspeed
 
         # Its own reduction in shared memory would first be compiled, for a minute; gloo does as well.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed("gloo", auto_mpi_discovery=False)  # on GPUs accelerate does it
-    division = {"stage": zero.stage, "contiguous_gradients": True, "overlap_comm": torch.cuda.is_available()}
+    division = {"stage": zero.stage, "contiguous_gradients": True, "overlap_comm": gpus.used()}
     if zero.stage == 3:
         division["stage3_gather_16bit_weights_on_model_save"] = True
     if zero.offload:
-        place = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+        place = {"device": "cpu", "pin_memory": gpus.used()}
         division |= {name: place for name in ("offload_optimizer", "offload_param")[: zero.stage - 1]}
     return {
         "zero_optimization": division,
