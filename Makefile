@@ -12,7 +12,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 SKY_READY := .venv-sky/ready-$(shell cksum <requirements-sky.lock | tr ' ' '-')
 S3_READY := .venv-s3/ready-$(shell cksum <requirements-s3.lock | tr ' ' '-')
 
-.PHONY: setup repro test test-openenv test-report test-vllm test-deepspeed test-sky test-s3 vllm sky deps lint types clean
+.PHONY: setup repro test test-rehearsal test-openenv test-report test-vllm test-deepspeed test-sky test-s3 vllm sky deps lint types clean
 
 repro: setup ## the whole pipeline, only what has changed
 	dvc repro
@@ -28,6 +28,9 @@ test-vllm: setup vllm ## the student on vLLM, for real, on the CPU
 
 test-deepspeed: setup ## two ranks that divide the optimizer's state, on two CPU cores
 	python -m pytest tests/training/on_deepspeed.py tests/training/split_training.py
+
+test-rehearsal: setup ## the profile qwen2b from end to end: few layers, pretended GPUs, a stand-in for vLLM
+	python -m pytest tests/rehearsal.py
 
 test-report: setup ## the report in a headless Chromium, from Debian's packages if there's none
 	command -v chromium > /dev/null || (apt-get update --quiet && apt-get install --quiet --yes -o DPkg::Lock::Timeout=600 --no-install-recommends \

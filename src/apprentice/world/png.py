@@ -34,4 +34,4 @@ def size(data: bytes) -> tuple[int, int]:
 
 def decode(data: bytes) -> np.ndarray:
     """The picture of a PNG: uint8 (height, width, 3)."""
-    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    return np.array(Image.open(io.BytesIO(data)).convert("RGB"))

@@ -1,0 +1,48 @@
+"""`make test-sky`: the profile for rented GPUs as one rents them, every stage that has something to do for a GPU.
+
+The rehearsal of tests/rehearsal.py, with machines that SkyPilot finds on the loopback Slurm: four declared H200s.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+from on_slurm import OFFLINE, at_work, begin, committed, ended, jobs, log, sky
+from rehearsal import QWEN, address, stand_in  # noqa: F401 (a fixture)
+from ruamel.yaml import YAML
+from small import checkout
+
+from apprentice.gpus import REHEARSAL
+from apprentice.pipeline import ROOT
+
+
+@pytest.fixture(scope="module")
+def ran(address, tmp_path_factory) -> Path:  # noqa: F811
+    """A checkout where the whole pipeline has run, its GPU stages on Slurm."""
+    top = checkout(tmp_path_factory.mktemp("qwen") / "qwen", QWEN)
+    (top / ".venv-sky").symlink_to(ROOT / ".venv-sky")
+    stand_in(top / "stand-in", ".venv/bin/python")
+    known = {**OFFLINE, REHEARSAL: "1", "HF_ENDPOINT": address}
+    place = {"where": "sky", "any_of": [{"infra": "slurm"}], "lock": "requirements.lock", "environment": known}
+    gpus = {"sft": 2, "rl": 4, "agreement": 1, "benchmark_student": 1}
+    stages = {name: {**place, "accelerators": f"H200:{count}"} for name, count in gpus.items()}
+    with (top / "compute.yaml").open("w") as file:
+        YAML().dump({"stages": stages, "vllm": {"program": "stand-in", "gpus": [0, 1]}}, file)
+    committed(top)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_ENDPOINT", address)  # for the stage that runs here: student
+        assert ended(top, begin(top, "dvc", "repro"), 2400) == 0, log(top)[-5000:]
+    return top
+
+
+def test_the_whole_profile_runs_on_machines_that_are_found(ran):
+    scores = json.loads((ran / "metrics/benchmark.json").read_text())
+    assert list(scores) == ["random", "noop", "expert", "base", "sft", "rl"]
+    assert json.loads((ran / "metrics/rl.json").read_text())["iterations"] == 2
+    assert (ran / "metrics/report.html").stat().st_size > 100_000
+    assert log(ran).count("ended with exit code 0") >= 6
+
+
+def test_no_machine_is_left(ran):
+    assert json.loads(sky("status", "-o", "json")) == []
+    assert not jobs() and not at_work() - {"ps"}
