@@ -72,7 +72,13 @@ def hub(folder: Path, model: str, revision: str, port: int = 0) -> Iterator[str]
         def do_GET(self) -> None:
             path = self.path.partition("?")[0]
             files = [
-                {"type": "file", "path": file.name, "rfilename": file.name, "size": file.stat().st_size, "oid": file.name}
+                {
+                    "type": "file",
+                    "path": file.name,
+                    "rfilename": file.name,
+                    "size": file.stat().st_size,
+                    "oid": file.name,
+                }
                 for file in sorted(folder.iterdir())
             ]
             known = {

@@ -1,11 +1,10 @@
-"""The profile for rented GPUs from end to end without one: two layers of Qwen3-VL, pretended GPUs, a stand-in for vLLM.
+"""The profile for rented GPUs from end to end without one: a Qwen3-VL of two layers, pretended GPUs, no real vLLM.
 
-Run by `make test-rehearsal`: minutes of CPU, so not a part of `make test`. tests/slurm/on_slurm.py has it once more with
+Run by `make test-rehearsal`: minutes of CPU, so not a part of `make test`. tests/slurm/qwen.py has it once more with
 machines that SkyPilot finds. What differs from a run on GPUs: numbers of layers, widths and steps; gloo for NCCL.
 """
 
 import json
-import os
 import shutil
 import subprocess
 import sys

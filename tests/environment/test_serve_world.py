@@ -73,7 +73,7 @@ def server(tmp_path_factory, endpoint):
 @pytest.fixture(scope="module")
 def guarded(tmp_path_factory):
     """With a key, for two sessions, which may be idle for two seconds; no params.yaml."""
-    narrow = ("--host", "0.0.0.0", "--max-sessions", "2", "--idle-timeout", "2")
+    narrow = ("world", "--host", "0.0.0.0", "--max-sessions", "2", "--idle-timeout", "2")
     with serving(tmp_path_factory.mktemp("guarded"), *narrow, APPRENTICE_SERVE_KEY=KEY) as (url, process):
         yield url.replace("0.0.0.0", "127.0.0.1"), process
 
@@ -317,11 +317,11 @@ def test_killed_and_started_again_it_says_what_became_of_the_sessions(tmp_path):
                 await asyncio.wait_for(ask(socket, "step", action="noop"), 10)
         return name
 
-    with serving(tmp_path) as (url, process):
+    with serving(tmp_path, "world") as (url, process):
         name = asyncio.run(cut(url, process))
     with pytest.raises(httpx2.ConnectError):
         httpx2.get(f"{url}/health")
-    with serving(tmp_path, port=int(url.rpartition(":")[2])) as (again, _):
+    with serving(tmp_path, "world", port=int(url.rpartition(":")[2])) as (again, _):
         assert again == url
         done = run(tmp_path, "serve", "--port", url.rpartition(":")[2])
         assert done.returncode == 2 and "--port" in done.stderr

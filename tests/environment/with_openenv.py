@@ -28,7 +28,7 @@ def test_openenvs_clients_play_the_episode_that_the_world_plays(tmp_path, key):
     for action in actions:
         outcome = world.step(action)
         expected.append([digest(outcome.observation.image), outcome.reward, outcome.done])
-    with serving(tmp_path, **key) as (url, _):
+    with serving(tmp_path, "world", **key) as (url, _):
         script = [PYTHON, EPISODE, url, "17", *actions]
         done = subprocess.run(script, env=os.environ | key, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -38,7 +38,7 @@ def test_openenvs_clients_play_the_episode_that_the_world_plays(tmp_path, key):
 
 
 def test_openenvs_client_says_that_a_server_is_gone(tmp_path):
-    with serving(tmp_path) as (url, _):
+    with serving(tmp_path, "world") as (url, _):
         pass
     done = subprocess.run(
         [PYTHON, EPISODE, url, "1", "noop"],

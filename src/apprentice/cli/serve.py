@@ -1,7 +1,9 @@
-"""`apprentice serve`: something of ours over HTTP for others, behind a key. The world, for their trainers."""
+"""`apprentice serve`: something of ours over HTTP for others, behind a key: the world, or the student."""
 
 import os
 import socket
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -10,13 +12,27 @@ from apprentice import params
 from apprentice.cli import agents
 from apprentice.errors import ConfigError
 
-WHAT = ("world",)
+WORLD = "world"
+BASE = Path("models/base")
+
+
+def _known() -> list[str]:
+    try:
+        settings = params.load()
+    except ConfigError:
+        settings = None
+    return [WORLD, *agents.students(settings)]
 
 
 def serve(
     what: Annotated[
-        str, typer.Argument(metavar="WHAT", help="world: Crafter.", autocompletion=lambda: list(WHAT))
-    ] = "world",
+        str,
+        typer.Argument(
+            metavar="WHAT",
+            help="world: Crafter. base, sft, rl, or another of benchmark.students: the student.",
+            autocompletion=_known,
+        ),
+    ],
     host: Annotated[str, typer.Option(help="Where to listen; other than on this machine alone needs a key.")] = (
         "127.0.0.1"
     ),
@@ -24,29 +40,67 @@ def serve(
     key_env: Annotated[
         str, typer.Option(help="The environment variable with the key that requests must bring.")
     ] = "APPRENTICE_SERVE_KEY",
-    max_sessions: Annotated[int, typer.Option(min=1, help="Worlds at once.")] = 128,
-    idle_timeout: Annotated[float, typer.Option(min=1, help="Seconds after which an idle session ends.")] = 600,
-    max_rollouts: Annotated[int, typer.Option(min=1, help="Whole episodes played here at once.")] = 8,
+    max_sessions: Annotated[int, typer.Option(min=1, help="world: so many at once.")] = 128,
+    idle_timeout: Annotated[float, typer.Option(min=1, help="world: seconds after which an idle session ends.")] = 600,
+    max_rollouts: Annotated[int, typer.Option(min=1, help="world: whole episodes played here at once.")] = 8,
 ) -> None:
-    """Serve Crafter by OpenEnv's protocol (and plain HTTP), for others' trainers; /docs describes it.
+    """Serve Crafter to others' trainers, or the student to others' evaluators; /docs describes what can be asked.
 
-    /rollout plays whole episodes with the models behind an API of params.yaml, if there is one.
+    world: by OpenEnv's protocol, and plain HTTP beside it. /rollout plays whole episodes with the models behind an API
+    of params.yaml, if there is one.
 
-    Example: apprentice serve --port 8000
+    The student: by OpenAI's chat API (/v1/chat/completions), on vLLM where compute.yaml says so.
+
+    Examples: apprentice serve world --port 8000, apprentice serve rl
     """
-    if what not in WHAT:
-        raise ConfigError(f"there is no {what!r} to serve; there is: {', '.join(WHAT)}")
+    settings = params.load() if params.PATH.exists() else None
+    if what != WORLD and what not in agents.students(settings):
+        raise ConfigError(f"there is no {what!r} to serve; there is: {', '.join(_known())}")
     key = _key(key_env, host)
     listening = _listening(host, port)
-    settings = params.load() if params.PATH.exists() else None
+    shown = f"[{host}]" if ":" in host else host
+    address = f"http://{shown}:{listening.getsockname()[1]}"
+    if what != WORLD:
+        _student(what, settings, listening, key, address)
+        return
 
     from apprentice.environment import server
 
     limits = server.Limits(max_sessions, idle_timeout, max_rollouts)
     world = server.application(limits, agents.SCRIPTED, agents.models(settings))
-    shown = f"[{host}]" if ":" in host else host
-    print(f"Crafter on http://{shown}:{listening.getsockname()[1]} (OpenEnv at /ws); Ctrl-C ends it", flush=True)
+    print(f"Crafter on {address} (OpenEnv at /ws); Ctrl-C ends it", flush=True)
     _run(world, listening, key, limits.body, connections=4 * max_sessions + 64)
+
+
+def _student(
+    name: str, settings: params.Params | None, listening: socket.socket, key: str | None, address: str
+) -> None:
+    if settings is None:
+        raise ConfigError("there is no params.yaml here, which says how the student is shown a world; go to a checkout")
+    weights = Path(agents.students(settings)[name])
+    if missing := [str(folder) for folder in (BASE, weights) if not folder.exists()]:
+        raise ConfigError(f"{name} needs {', '.join(missing)}: run dvc repro, or dvc pull")
+
+    from apprentice import compute, gpus
+    from apprentice.serving import chat_api, in_process, on_vllm, vllm
+    from apprentice.workers import cores
+
+    profile, serving = settings.active, compute.load().vllm
+    sampling, adapter = profile.sampling, None if weights == BASE else str(weights)
+    plan = vllm.plan(serving, gpus.names(), training=False)
+    with ExitStack() as stack:
+        servers = vllm.Servers(plan, serving, BASE, profile.dtype, [weights] if adapter else [])
+        engine: chat_api.Engine
+        if servers.servers:
+            stack.enter_context(servers)
+            policy = on_vllm.load(name, servers.servers, adapter, sampling.temperature, sampling.max_tokens, str(BASE))
+            engine = chat_api.VllmEngine(policy, sampling)
+        else:
+            asked = (sampling.temperature, sampling.max_tokens, cores())
+            student = in_process.load(name, adapter, profile.dtype, *asked)
+            engine = chat_api.InProcessEngine(name, student.model, student.processor, sampling)
+        print(f"{name} on {address}/v1 (OpenAI's chat API, the model {name}); Ctrl-C ends it", flush=True)
+        _run(chat_api.application(engine), listening, key, chat_api.BODY, connections=1024)
 
 
 def _key(variable: str, host: str) -> str | None:
