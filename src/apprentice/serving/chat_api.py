@@ -172,13 +172,12 @@ class InProcessEngine:
                 try:
                     found = await asyncio.to_thread(self._answer, company)
                 except Exception as error:
-                    found = [error] * len(company)
+                    for one in company:
+                        if not one.future.done():
+                            one.future.set_exception(error)
+                    continue
                 for one, answer in zip(company, found, strict=True):
-                    if one.future.done():
-                        continue
-                    if isinstance(answer, Exception):
-                        one.future.set_exception(answer)
-                    else:
+                    if not one.future.done():
                         one.future.set_result(answer)
 
     def _answer(self, company: Sequence[_Waiting]) -> list[tuple[list[int], list[float]]]:
