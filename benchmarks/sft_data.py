@@ -5,8 +5,7 @@
     python benchmarks/sft_data.py memory 1000000  # peak memory with a file of so many rows
 
 Rows are the expert's, in the form of the profile qwen2b (for memory, short ones). If models/base is a hub's model, it's
-its processor that is measured; otherwise one with Qwen3-VL's settings for pictures (patches of 16 pixels, merged 2 × 2)
-and a smaller vocabulary.
+its processor that is measured; otherwise that of student/sizes.py, whose rows are about as long.
 """
 
 import json
@@ -171,33 +170,20 @@ def prepared(folder: Path, form: str, count: int) -> tuple[Path, Path]:
 
 def processor(folder: Path, profile) -> Path:
     """The folder of a processor that reads this profile's rows."""
-    from transformers import Qwen3VLProcessor, Qwen3VLVideoProcessor
-    from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
-
     from apprentice.params import Architecture, HubStudent
-    from apprentice.student.template import TEMPLATE
+    from apprentice.student import sizes
     from apprentice.student.tiny import build, tokenizer
     from apprentice.training import pretraining
 
-    hub, hub_form = ROOT / "models/base", isinstance(profile.student, HubStudent)
-    if hub_form and (hub / "vocab.json").exists():
-        return hub
+    if isinstance(profile.student, HubStudent):
+        hub = ROOT / "models/base"
+        if (hub / "vocab.json").exists():
+            return hub
+        sizes.processor(profile.prompt).save_pretrained(folder)
+        return folder
     _, seen = pretraining.frames(100_000, 8)
-    texts, phrases = pretraining.vocabulary(profile.prompt, seen)
-    tokens = tokenizer(texts, [] if hub_form else phrases, 4096)  # only the tiny one has tokens for phrases
-    if hub_form:
-        sizes = {"size": {"shortest_edge": 65_536, "longest_edge": 16_777_216}}
-        patch = {"patch_size": 16, "temporal_patch_size": 2, "merge_size": 2, **sizes}
-        made = Qwen3VLProcessor(
-            image_processor=Qwen2VLImageProcessor(image_mean=[0.5] * 3, image_std=[0.5] * 3, **patch),
-            tokenizer=tokens,
-            video_processor=Qwen3VLVideoProcessor(**patch),
-            chat_template=TEMPLATE,
-        )
-        made.save_pretrained(folder)
-    else:
-        for part in build(Architecture(), tokens, 0):
-            part.save_pretrained(folder)
+    for part in build(Architecture(), tokenizer(*pretraining.vocabulary(profile.prompt, seen), 4096), 0):
+        part.save_pretrained(folder)
     return folder
 
 
