@@ -4,6 +4,7 @@ import torch
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
 
+from apprentice.student import tower
 from apprentice.student.narrowing import narrow
 
 
@@ -15,7 +16,9 @@ class SftTrainer(SFTTrainer):
         # Qwen3-VL says no, meaning a loss of its own that isn't used here. Without the number of tokens of the whole
         # batch, TRL's would be the mean of each part's mean.
         self.model_accepts_loss_kwargs = True
-        narrow(self.accelerator.unwrap_model(self.model).get_base_model())
+        base = self.accelerator.unwrap_model(self.model).get_base_model()
+        narrow(base)
+        tower.prepare(base)
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
         self._evaluated: list[torch.Tensor] = []
