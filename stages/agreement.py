@@ -3,8 +3,8 @@
     dvc repro agreement        or: python stages/agreement.py
 
 metrics/plots/agreement.csv has a row for each decision of data/sft/val.jsonl (of 1,024 at most, evenly drawn): what the
-teacher did, and what the student answers at temperature 0; of several actions the first. A stage of its own, so that
-only another student or other data makes it run again.
+teacher did, and what the student answers at temperature 0; of several actions the first. The student answers in
+process, one on each GPU. A stage of its own, so that only another student or other data makes it run again.
 """
 
 from pathlib import Path
@@ -12,7 +12,7 @@ from pathlib import Path
 from apprentice import params
 from apprentice.stage import run, write_plot
 
-DATA, MOST = Path("data/sft/val.jsonl"), 1024
+BASE, DATA, MOST = Path("models/base"), Path("data/sft/val.jsonl"), 1024
 
 
 def main() -> None:
@@ -20,17 +20,17 @@ def main() -> None:
     profile = params.load().active
 
     from apprentice.data.dataset import Jsonl
+    from apprentice.serving import processes
     from apprentice.workers import cores, in_processes
 
     count = len(Jsonl(DATA))
     rows = list(range(0, count, -(-count // MOST)))
     together = profile.sampling.batch_size
-    processes = min(cores(), -(-len(rows) // together))
-    shares = [rows[start::processes] for start in range(processes)]
-    calls = [
-        (share, profile.dtype, profile.sampling.max_tokens, together, max(1, cores() // processes)) for share in shares
-    ]
-    found = sorted(pair for pairs in in_processes(answers, calls) for pair in pairs)
+    places = processes.places(BASE, profile.dtype, -(-len(rows) // together))
+    threads = max(1, cores() // len(places))
+    shares = [rows[start :: len(places)] for start in range(len(places))]
+    calls = [(share, profile.dtype, profile.sampling.max_tokens, together, threads) for share in shares]
+    found = sorted(pair for pairs in in_processes(answers, calls, places) for pair in pairs)
     write_plot("agreement", ["teacher", "student"], [pair for _, *pair in found])
     same = sum(teacher == student for _, teacher, student in found)
     print(f"agreement: the SFT student answers {same} of {len(found)} held-out decisions as the teacher did")

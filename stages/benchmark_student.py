@@ -38,7 +38,7 @@ def episodes(name: str, weights: Path, benchmark: params.Benchmark, profile: par
     from apprentice.files import digest
     from apprentice.fingerprint import code, fingerprint
     from apprentice.play import Spec, record
-    from apprentice.serving import in_process, on_vllm, vllm
+    from apprentice.serving import in_process, on_vllm, processes, vllm
     from apprentice.workers import cores
 
     sampling = profile.sampling
@@ -69,11 +69,10 @@ def episodes(name: str, weights: Path, benchmark: params.Benchmark, profile: par
     if servers.servers:
         args = (name, servers.servers, adapter, sampling.temperature, sampling.max_tokens, str(BASE))
         return record(on_vllm.load, args, spec, while_playing=servers)
-    processes = min(cores(), -(-len(benchmark.seeds) // spec.together))
-    threads = max(1, cores() // processes)
-    return record(
-        in_process.load, (name, adapter, profile.dtype, sampling.temperature, sampling.max_tokens, threads), spec
-    )
+    places = processes.places(BASE, profile.dtype, -(-len(benchmark.seeds) // spec.together))
+    threads = max(1, cores() // len(places))
+    args = (name, adapter, profile.dtype, sampling.temperature, sampling.max_tokens, threads)
+    return record(in_process.load, args, spec, places=places)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,8 @@ SHAPELESS = (
     "endpoint",
     # Which checkpoint is whole; how torchvision is imported.
     "training.checkpoints", "student.torchvision_operators", "serving.vllm_processes",
+    # How many processes there are.
+    "serving.processes",
 )  # fmt: skip
 """Modules and rooms that shape no result."""
 

@@ -121,12 +121,13 @@ def record(
     args: tuple,
     spec: Spec,
     while_playing: AbstractContextManager = nullcontext(),  # noqa: B008
+    places: Sequence[str | None] | None = None,
 ) -> Iterator[bytes]:
     """The episodes of a spec, in order, as `store.to_bytes` has them. What the ledger lacks is played first.
 
     build(*args): the policy, built once in each process. Episodes that one policy plays at once are known by their
     company, and if one is missing all of them are played again. while_playing: what the policy needs to be there,
-    entered only if there is something to play.
+    entered only if there is something to play. places: the processes that play, as `in_processes` has them.
     """
     starts = range(0, len(spec.seeds), spec.together)
     groups = [tuple(spec.seeds[start : start + spec.together]) for start in starts]
@@ -138,7 +139,7 @@ def record(
         with tqdm(total=len(spec.seeds), desc=spec.agent, unit="episode", mininterval=1) as bar:
             bar.update(len(spec.seeds) - sum(map(len, missing)))
             with while_playing if calls else nullcontext():
-                for group, played in in_processes(_play_group, calls):
+                for group, played in in_processes(_play_group, calls, places):
                     for key, data in zip(keys[group], played, strict=True):
                         ledger.add(key, data)
                     bar.update(len(played))

@@ -4,9 +4,10 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing.connection import wait
+from multiprocessing.queues import SimpleQueue
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -17,13 +18,21 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def in_processes(work: Callable[..., T], calls: Iterable[tuple]) -> Iterator[T]:
+def in_processes(
+    work: Callable[..., T], calls: Iterable[tuple], places: Sequence[str | None] | None = None
+) -> Iterator[T]:
     """The results of work(*call), as they come, on all cores.
 
-    When work raises, what has not begun is dropped and the error is raised here.
+    places: how many processes there are at most, and for each its GPU, as CUDA_VISIBLE_DEVICES names it, or None: it
+    sees what this process sees. When work raises, what has not begun is dropped and the error is raised here.
     """
     calls = list(calls)
-    pool = ProcessPoolExecutor(min(cores(), len(calls)) or 1, multiprocessing.get_context("spawn"), _begin)
+    places = [None] * cores() if places is None else places
+    context = multiprocessing.get_context("spawn")
+    free = context.SimpleQueue()
+    for place in places:
+        free.put(place)
+    pool = ProcessPoolExecutor(min(len(places), len(calls)) or 1, context, _begin, (free,))
     try:
         for future in as_completed([pool.submit(work, *call) for call in calls]):
             yield future.result()
@@ -35,7 +44,10 @@ def in_processes(work: Callable[..., T], calls: Iterable[tuple]) -> Iterator[T]:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _begin() -> None:
+def _begin(free: "SimpleQueue[str | None]") -> None:
+    gpu = free.get()
+    if gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # before anything in this process begins CUDA
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     threading.Thread(target=end_with_parent, daemon=True).start()
 
