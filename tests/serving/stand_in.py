@@ -1,137 +1,128 @@
-"""A vLLM server for machines without one: its addresses and answers, with this package's own engine behind them.
+"""A program that answers like vLLM, with the tiny student behind it, one request after another.
 
-    python tests/serving/stand_in.py serve models/base --port 8000 ...      the flags of the real program
-
-It reads adapters from folders, sleeps and wakes, and answers those who ask at the same time together.
+`program(folder)` writes it where compute.yaml's vllm.program can name it. STAND_IN says what it does wrong: "half"
+ignores an adapter's part in the vision tower, "drops" forgets in its sleep what its adapters are.
 """
 
-import argparse
-import asyncio
-import logging
-from collections import defaultdict
-
-import numpy as np
-import torch
-from aiohttp import web
-from peft import PeftModel
-
-from apprentice.serving.in_process import generate
-from apprentice.student import loading
-from apprentice.student.encoding import encode
-
-TOGETHER = 0.02
-"""Seconds in which those who ask are answered together."""
+import json
+import os
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 
-class Engine:
+def program(folder: Path, **variables: str) -> str:
+    """The path of the program, with these variables in its environment."""
+    file = folder / "vllm"
+    settings = " ".join(f"{name}={value}" for name, value in variables.items())
+    source = Path(__file__).parents[2] / "src"
+    file.write_text(f'#!/bin/sh\nPYTHONPATH={source} {settings} exec {sys.executable} {__file__} "$@"\n')
+    file.chmod(0o755)
+    return str(file)
+
+
+class Student:
+    """The model of one server, with the adapters that it was given."""
+
     def __init__(self, base: str, dtype: str):
-        self.base, self.dtype, self.folders = base, dtype, {}
-        self.models = {"base": loading.load(base, dtype=dtype)[0]}
-        self.processor = loading.processor(base)
-        self.waiting: list[tuple[dict, asyncio.Future]] = []
+        from apprentice.student import loading
+
+        self.model, self.processor = loading.load(base, dtype=dtype)
+        self.adapters: dict[str, str] = {}
+        self.dropped: set[str] = set()
         self.asleep = False
+        self.lock = threading.Lock()
 
     def load(self, name: str, folder: str) -> None:
-        model = PeftModel.from_pretrained(loading.load(self.base, dtype=self.dtype)[0], folder)
-        self.models[name], self.folders[name] = model.merge_and_unload().eval(), folder
+        from peft import PeftModel
 
-    async def answer(self, body: dict) -> dict:
-        future = asyncio.get_running_loop().create_future()
-        self.waiting.append((body, future))
-        asyncio.get_running_loop().call_later(TOGETHER, self.flush)
-        return await future
+        if name in self.adapters:
+            raise ValueError(f"{name} is loaded already")
+        if isinstance(self.model, PeftModel):
+            self.model.load_adapter(folder, name)
+        else:
+            self.model = PeftModel.from_pretrained(self.model, folder, name).eval()
+        self.adapters[name] = folder
+        self.dropped.discard(name)
+        if os.environ.get("STAND_IN") == "half":
+            for at, layer in self.model.named_modules():
+                if "visual" in at and name in getattr(layer, "scaling", {}):
+                    layer.scaling[name] = 0.0
 
-    def flush(self) -> None:
-        waiting, self.waiting = self.waiting, []
-        alike = defaultdict(list)
-        for body, future in waiting:
-            alike[body["model"], body["temperature"], body["max_tokens"]].append((body, future))
-        for (model, temperature, most), asked in alike.items():
-            for start in range(0, len(asked), 16):
-                self.generate(self.models[model], temperature, most, asked[start : start + 16])
+    def unload(self, name: str) -> None:
+        if self.adapters.pop(name, None):
+            self.model.delete_adapter(name)
 
-    def generate(self, model, temperature: float, most: int, asked: list[tuple[dict, asyncio.Future]]) -> None:
-        rows = [encode(self.processor, body["messages"]) for body, _ in asked]
-        draws = np.stack([np.random.default_rng(body.get("seed", 0)).random(most) for body, _ in asked])
-        answers = generate(model, self.processor, rows, draws, temperature)
-        for row, (_, future), (ids, logprobs, *_) in zip(rows, asked, answers, strict=True):
-            ended = ids[-1] == self.processor.tokenizer.eos_token_id
-            choice = {
-                "message": {"role": "assistant", "content": self.processor.tokenizer.decode(ids)},
-                "finish_reason": "stop" if ended else "length",
-                "token_ids": ids,
-                "logprobs": {"content": [{"logprob": value} for value in logprobs]},
-            }
-            future.set_result({"choices": [choice], "prompt_token_ids": row.prompt_ids})
+    def sleep(self) -> None:
+        self.asleep = True
+        if os.environ.get("STAND_IN") == "drops":
+            self.dropped = set(self.adapters)
 
+    def reply(self, body: dict) -> dict:
+        import numpy as np
 
-def application(engine: Engine) -> web.Application:
-    routes = web.RouteTableDef()
+        from apprentice.serving.in_process import generate
+        from apprentice.student.encoding import encode_all
 
-    @routes.get("/health")
-    async def health(_):
-        return web.Response()
-
-    @routes.get("/v1/models")
-    async def models(_):
-        found = [{"id": name, "parent": None if name == "base" else "base"} for name in engine.models]
-        return web.json_response({"data": found})
-
-    @routes.post("/v1/load_lora_adapter")
-    async def load(request):
-        body = await request.json()
-        engine.load(body["lora_name"], body["lora_path"])
-        return web.Response()
-
-    @routes.post("/v1/unload_lora_adapter")
-    async def unload(request):
-        del engine.models[(await request.json())["lora_name"]]
-        return web.Response()
-
-    @routes.post("/reset_prefix_cache")
-    async def reset(_):
-        return web.Response()
-
-    @routes.post("/sleep")
-    async def sleep(_):
-        engine.asleep = True
-        return web.Response()
-
-    @routes.post("/wake_up")
-    async def wake(_):
-        engine.asleep = False
-        return web.Response()
-
-    @routes.get("/is_sleeping")
-    async def sleeping(_):
-        return web.json_response({"is_sleeping": engine.asleep})
-
-    @routes.post("/v1/chat/completions")
-    async def complete(request):
-        body = await request.json()
-        if engine.asleep:
-            return web.Response(status=500, text="it sleeps")
-        if body["model"] not in engine.models:
-            return web.Response(status=404, text=f"no model {body['model']}")
-        return web.json_response(await engine.answer(body))
-
-    made = web.Application(client_max_size=1 << 30)
-    made.add_routes(routes)
-    return made
+        assert not self.asleep, "it sleeps"
+        name, model = body["model"], self.model
+        if self.adapters:
+            model.base_model.disable_adapter_layers() if name in ("base", *self.dropped) else model.set_adapter(name)
+            if name not in ("base", *self.dropped):
+                model.base_model.enable_adapter_layers()
+            model = model.get_base_model()
+        rows = encode_all(self.processor, [body["messages"]])
+        draws = np.random.default_rng(body.get("seed", 0)).random((1, body["max_tokens"]))
+        [(ids, logprobs, _)] = generate(model, self.processor, rows, draws, body["temperature"])
+        content = [{"logprob": logprob} for logprob in logprobs]
+        choice = {"token_ids": ids, "logprobs": {"content": content}}
+        return {"prompt_token_ids": rows[0].prompt_ids, "choices": [choice]}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("command", choices=["serve"])
-    parser.add_argument("base")
-    parser.add_argument("--host")
-    parser.add_argument("--port", type=int)
-    parser.add_argument("--dtype")
-    asked, _ = parser.parse_known_args()
-    torch.set_num_threads(1)
-    logging.basicConfig(level=logging.INFO)
-    web.run_app(application(Engine(asked.base, asked.dtype)), host=asked.host, port=asked.port)
+def serve() -> None:
+    arguments = sys.argv[1:]
+    flags = dict(zip(arguments, arguments[1:], strict=False))
+    print("started", os.getpid(), os.environ["CUDA_VISIBLE_DEVICES"] or "none", flush=True)
+    student = Student(arguments[1], flags["--dtype"])
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            names = [{"id": "base", "parent": None}, *({"id": name, "parent": "base"} for name in student.adapters)]
+            self.answer({"data": names})
+
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"] or 0)) or "null")
+            path = self.path.partition("?")[0].removeprefix("/v1")
+            print(path, flush=True)
+            with student.lock:
+                try:
+                    if path == "/chat/completions":
+                        if body["model"] not in ("base", *student.adapters):
+                            return self.answer({"message": "no such model"}, 404)
+                        return self.answer(student.reply(body))
+                    if path == "/load_lora_adapter":
+                        student.load(body["lora_name"], body["lora_path"])
+                    elif path == "/unload_lora_adapter":
+                        student.unload(body["lora_name"])
+                    elif path == "/sleep":
+                        student.sleep()
+                    elif path == "/wake_up":
+                        student.asleep = False
+                except Exception as error:
+                    return self.answer({"message": repr(error)}, 500)
+            return self.answer({})
+
+        def answer(self, content, status=200):
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(json.dumps(content).encode())
+
+        def log_message(self, *arguments):
+            pass
+
+    ThreadingHTTPServer(("127.0.0.1", int(flags["--port"])), Handler).serve_forever()
 
 
 if __name__ == "__main__":
-    main()
+    serve()
