@@ -79,6 +79,12 @@ class Stage(Section):
     managed: bool = False
     """Run as a managed job, which SkyPilot starts again when a spot machine is taken away."""
 
+    @property
+    def cards(self) -> tuple[str | None, int]:
+        """The kind of its GPUs, None without any, and how many they are."""
+        kind, _, number = (self.accelerators or "").partition(":")
+        return (kind, int(number or 1)) if kind else (None, 0)
+
     @model_validator(mode="after")
     def _possible(self):
         if self.any_of == ():
@@ -123,7 +129,7 @@ class Vllm(Section):
 
 class Compute(Section):
     vllm: Vllm = Vllm()
-    stages: dict[Literal["student", "sft", "rl", "benchmark_student"], Stage] = Field(default_factory=dict)
+    stages: dict[Literal["student", "sft", "rl", "agreement", "benchmark_student"], Stage] = Field(default_factory=dict)
     """Those that have something to do for a GPU; one that isn't named runs here."""
 
 

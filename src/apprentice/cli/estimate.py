@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from apprentice import params
+from apprentice import compute, params
 
 
 def show_estimate(
@@ -15,11 +15,11 @@ def show_estimate(
 
     Example: apprentice estimate
     """
-    settings = params.load()
+    settings, places = params.load(), compute.load()
 
     from apprentice.cloud.estimate import estimate
 
-    found = estimate(settings)
+    found = estimate(settings, places)
     if as_json:
         print(json.dumps(found, indent=2))
         return
@@ -27,8 +27,9 @@ def show_estimate(
     from rich.console import Console
     from rich.table import Table
 
-    def text(value: float | None, form: str) -> str:
-        return "?" if value is None else format(value, form)
+    def text(value: tuple[float, float] | None, form: str) -> str:
+        low, high = ("?", "?") if value is None else (format(bound, form) for bound in value)
+        return low if low == high else f"{low} to {high}"
 
     def time(hours: tuple[float, float] | None) -> str:
         if hours is None:
@@ -51,7 +52,7 @@ def show_estimate(
     lacking = f" and what is not known ({', '.join(found['unknown'])})" if found["unknown"] else ""
     console = Console(highlight=False)
     console.print(table)
-    console.print(f"together {found['gpu_hours']:.1f} GPU-hours, ${found['usd']:.2f}{lacking}")
-    console.print("Times go from a third less to a third more than reckoned.\n\nHow each is known:")
+    console.print(f"together {text(found['gpu_hours'], '.1f')} GPU-hours, ${text(found['usd'], '.2f')}{lacking}")
+    console.print("A measured time goes from a third less to a third more.\n\nHow each is known:")
     for line in found["stages"]:
         console.print(f"{line['stage']}: {line['how']}. From {'; '.join(line['sources'])}.", markup=False)

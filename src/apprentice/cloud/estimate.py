@@ -1,23 +1,35 @@
 """What a run will take, before it: decisions, tokens, hours, GPU-hours and dollars of each stage, and how it's known.
 
 Everything is reckoned from nothing and with every episode as long as it may be; what the ledger has already is neither
-played nor paid again. rates.yaml and prices.yaml hold the rates, each with its date or the word «assumed».
+played nor paid again. rates.yaml and prices.yaml hold the rates, each with its date or the words «assumed» or «not
+measured»: then the figures are a range.
 """
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
 from ruamel.yaml import YAML
 
-from apprentice import prompt
+from apprentice import compute, prompt
 from apprentice.data.judge import LINES
 from apprentice.endpoint import prices
-from apprentice.params import Endpoint, Params, Prompt, Teacher
+from apprentice.files import replacing
+from apprentice.params import Benchmark, Endpoint, Params, Prompt, Teacher
 from apprentice.world.observation import SIZE
 from apprentice.world.world import World
 
+RATES = Path(__file__).with_name("rates.yaml")
+Range = tuple[float, float]
+"""From and to; the same twice for what is known."""
+_NOTHING = (0.0, 0.0)
+_FORWARD = 1 / 3
+"""What a token costs in validation, as a share of what it costs in training: that goes forward, forward again
+(checkpointing) and back."""
+_AGREEMENT = 1024
+"""Decisions that the stage agreement asks for at most."""
 _VISUAL_TOKEN = 32
 """Side in pixels of what a Qwen3-VL makes one token of; the tiny one makes a token of each of the 81 tiles."""
 
@@ -30,11 +42,11 @@ class Line:
     decisions: int | None
     tokens: int | None
     """Of prompts and replies together, pictures included."""
-    hours: tuple[float, float] | None
-    """On the clock, from and to."""
+    hours: Range | None
+    """On the clock."""
     gpus: int
-    gpu_hours: float | None
-    usd: float | None
+    gpu_hours: Range | None
+    usd: Range | None
     how: str
     """The formula with its numbers."""
     sources: tuple[str, ...]
@@ -42,11 +54,47 @@ class Line:
 
 @lru_cache
 def rates() -> dict:
-    return YAML(typ="safe").load(Path(__file__).with_name("rates.yaml").read_text())
+    return YAML(typ="safe").load(RATES.read_text())
 
 
-def estimate(settings: Params) -> dict:
-    """{"profile", "stages": [each Line as a dict], "usd", "gpu_hours", "unknown": the stages that the sums lack}."""
+def record(
+    model: str,
+    card: str,
+    date: str,
+    sft_tokens_per_second: float | None = None,
+    rl_tokens_per_second: float | None = None,
+    play_decisions_per_second: float | None = None,
+    path: Path = RATES,
+) -> None:
+    """Write rates that were measured on one card into rates.yaml; a rate that's None stays as it is.
+
+    model: as params.yaml has it. card: SkyPilot's name (H200), or torch's (NVIDIA H200). date: 2026-12-01.
+    """
+    card = card.removeprefix("NVIDIA ").split()[0]
+    measured = {
+        "sft_tokens_per_second": sft_tokens_per_second,
+        "rl_tokens_per_second": rl_tokens_per_second,
+        "play_decisions_per_second": play_decisions_per_second,
+    }
+    yaml = YAML()
+    yaml.width, yaml.preserve_quotes = 120, True
+    yaml.indent(mapping=2, sequence=4, offset=2)
+    tree = yaml.load(path.read_text())
+    known = tree["students"].setdefault(model, {}).setdefault(card, {})
+    for name, rate in measured.items():
+        if rate is not None:
+            source = f"measured {date} on one {card}, benchmarks/gpu.py"
+            known[name] = {"rate": float(f"{rate:.3g}"), "source": source}
+    with replacing(path) as written, written.open("w") as file:
+        yaml.dump(tree, file)
+    rates.cache_clear()
+
+
+def estimate(settings: Params, places: compute.Compute) -> dict:
+    """{"profile", "stages": [each Line as a dict], "usd", "gpu_hours", "unknown": the stages that the sums lack}.
+
+    places: on how many GPUs of which kind the stages run, wherever that is.
+    """
     teachers, rl = settings.teachers.values(), settings.active.rl
     lines = [_collect(name, teacher) for name, teacher in settings.teachers.items()]
     lines += [_import(name, Path(source.file)) for name, source in settings.imports.items()]
@@ -55,20 +103,26 @@ def estimate(settings: Params) -> dict:
     if settings.filter.min_judge_score is not None:
         lines.append(_judge("filter: judge", settings, sum(len(teacher.seeds) for teacher in teachers), played))
     lines.append(_here("filter, split", read, "filter_decisions_per_second", f"{read:,} decisions"))
-    lines += _student(settings, read)
+    lines += _student(settings, places, read)
     if rl.reward.judge:
         episodes = rl.iterations * rl.groups * rl.group_size
         lines.append(_judge("rl: judge", settings, episodes, episodes * rl.max_steps))
+    lines += _agents(settings.benchmark)
     return {
         "profile": settings.profile,
         "stages": [asdict(line) for line in lines],
-        "usd": sum(line.usd or 0.0 for line in lines),
-        "gpu_hours": sum(line.gpu_hours or 0.0 for line in lines),
+        "usd": _sum(line.usd for line in lines),
+        "gpu_hours": _sum(line.gpu_hours for line in lines),
         "unknown": [line.stage for line in lines if line.usd is None],
     }
 
 
-def _hours(seconds: float) -> tuple[float, float]:
+def _sum(ranges: Iterable[Range | None]) -> Range:
+    known = [found or _NOTHING for found in ranges]
+    return sum(low for low, _ in known), sum(high for _, high in known)
+
+
+def _hours(seconds: float) -> Range:
     spread = rates()["spread"]["share"]
     return seconds / 3600 * (1 - spread), seconds / 3600 * (1 + spread)
 
@@ -78,7 +132,10 @@ def _here(stage: str, number: int, rate: str, what: str) -> Line:
     machine = rates()["machine"]
     how = f"{what}, {machine[rate]:,} a second"
     return Line(
-        stage, number, None, _hours(number / machine[rate]), 0, 0.0, 0.0, how, ("params.yaml", machine["source"])
+        stage,
+        *(number, None, _hours(number / machine[rate])),
+        *(0, _NOTHING, _NOTHING),
+        *(how, ("params.yaml", machine["source"])),
     )
 
 
@@ -87,10 +144,25 @@ def _collect(name: str, teacher: Teacher) -> Line:
     what = f"{len(teacher.seeds):,} episodes × at most {teacher.max_steps} decisions"
     if teacher.endpoint is None:
         return _here(f"collect@{name}", most, "collect_decisions_per_second", what)
-    side = SIZE * teacher.prompt.scale
-    picture = prices.picture_tokens(teacher.endpoint.model, side, side) if teacher.prompt.mode != "text" else 0
-    shown = _text_tokens(teacher.prompt) + picture
-    return _asked(f"collect@{name}", teacher.endpoint, f"teachers.{name}", most, shown, what)
+    return _chat(f"collect@{name}", teacher.endpoint, teacher.prompt, f"teachers.{name}", most, what)
+
+
+def _agents(benchmark: Benchmark) -> list[Line]:
+    """The benchmark's agents that are paid for; the others take a minute."""
+    worlds, steps = len(benchmark.seeds), benchmark.steps
+    what = f"{worlds:,} worlds × at most {steps:,} decisions"
+    return [
+        _chat(f"benchmark@{name}", agent.endpoint, agent.prompt, f"benchmark.agents.{name}", worlds * steps, what)
+        for name, agent in benchmark.agents.items()
+        if agent.endpoint
+    ]
+
+
+def _chat(stage: str, endpoint: Endpoint, shown: Prompt, where: str, most: int, what: str) -> Line:
+    """Play of a model behind an endpoint: a request for each decision."""
+    side = SIZE * shown.scale
+    picture = prices.picture_tokens(endpoint.model, side, side) if shown.mode != "text" else 0
+    return _asked(stage, endpoint, where, most, _text_tokens(shown) + picture, what)
 
 
 def _import(name: str, path: Path) -> Line:
@@ -98,7 +170,9 @@ def _import(name: str, path: Path) -> Line:
         with path.open("rb") as file:
             count = sum(1 for _ in file)
     except OSError:
-        return Line(f"import@{name}", None, None, None, 0, 0.0, 0.0, f"{path} cannot be read", ("params.yaml",))
+        return Line(
+            f"import@{name}", None, None, None, 0, _NOTHING, _NOTHING, f"{path} cannot be read", ("params.yaml",)
+        )
     return _here(f"import@{name}", count, "import_decisions_per_second", f"{count:,} lines, taken for a decision each")
 
 
@@ -127,7 +201,8 @@ def _asked(stage: str, endpoint: Endpoint, where: str, requests: int, shown: int
             how += f"; stops at max_cost_usd, ${endpoint.max_cost_usd:g}"
     how += f"; {seconds} s a reply, {endpoint.concurrency} at once"
     hours = _hours(requests * seconds / endpoint.concurrency)
-    return Line(stage, requests, requests * (shown + said), hours, 0, 0.0, usd, how, tuple(sources))
+    cost = None if usd is None else (usd, usd)
+    return Line(stage, requests, requests * (shown + said), hours, 0, _NOTHING, cost, how, tuple(sources))
 
 
 @lru_cache
@@ -138,54 +213,92 @@ def _text_tokens(settings: Prompt) -> int:
     return round(characters / rates()["text"]["characters_per_token"])
 
 
-def _student(settings: Params, read: int) -> list[Line]:
+@dataclass(frozen=True)
+class _Share:
+    """A part of a stage's work: so much of something, at one of the student's rates, on so many cards."""
+
+    number: float
+    rate: str
+    what: str
+    cards: int
+
+
+def _student(settings: Params, places: compute.Compute, read: int) -> list[Line]:
     """The stages in which the student learns or plays; read: decisions of all teachers and imports."""
     profile, benchmark, kept = settings.active, settings.benchmark, rates()["kept"]
     sft, rl, model = profile.sft, profile.rl, profile.student.model
     side = -(-SIZE * profile.prompt.scale // _VISUAL_TOKEN)
     picture = 0 if profile.prompt.mode == "text" else 81 if model == "tiny" else side**2
     each = _text_tokens(profile.prompt) + picture + rates()["text"]["completion_tokens"]
-    rate = rates()["students"].get(model)
-
-    def line(stage: str, plays: int, trains: int, what: str) -> Line:
-        """So many decisions to play and to train on."""
-        decisions, tokens = plays + trains, (plays + trains) * each
-        how = f"{what}; {each:,} tokens a decision"
-        sources = ("params.yaml", f"tokens: {rates()['text']['source']}")
-        if rate is None:
-            how += f"; rates.yaml has no rates for {model}"
-            return Line(stage, decisions, tokens, None, 0, None, None, how, sources)
-        seconds = 0.0
-        if plays:
-            seconds += plays / rate["play_decisions_per_second"]
-            how += f"; plays {rate['play_decisions_per_second']:g} decisions a second"
-        if trains:
-            seconds += trains * each / rate[f"{stage}_tokens_per_second"]
-            how += f"; trains {rate[f'{stage}_tokens_per_second']:,} tokens a second"
-        sources += (f"rates: {rate['source']}",)
-        gpus, hour = rate["gpus"][stage], rates()["gpu_hour"]
-        if gpus:
-            how += f"; {gpus} × H200 at ${hour['usd']:.2f} an hour"
-            sources += (f"price of an hour: {hour['source']}",)
-        spent = gpus * seconds / 3600
-        return Line(stage, decisions, tokens, _hours(seconds), gpus, spent, spent * hour["usd"], how, sources)
-
-    rows = round(read * kept["share"] * (1 - settings.split.val_fraction))
+    val_fraction = settings.split.val_fraction
+    rows, held_out = (round(read * kept["share"] * part) for part in (1 - val_fraction, val_fraction))
+    trained, validations = round(rows * sft.epochs), int(rows * sft.epochs / sft.batch_size // sft.eval_steps)
     evaluations = -(-rl.iterations // rl.evaluation.every) + 1
     episodes = rl.iterations * rl.groups * rl.group_size + evaluations * len(rl.evaluation.seeds)
-    students = len(benchmark.students)
+    updated, students = rl.iterations * rl.decisions * rl.epochs, len(benchmark.students)
+    tested, agreed = students * len(benchmark.seeds) * benchmark.steps, min(held_out, _AGREEMENT)
+
+    def line(stage: str, plays: int, trains: int, validates: int, what: str) -> Line:
+        """So many decisions to play, to train on, and to validate on; the last are in the hours only."""
+        decisions, place = plays + trains, places.stages.get(stage)  # type: ignore[call-overload]
+        how, known = f"{what}; {each:,} tokens a decision", rates()["students"].get(model, {})
+        sources: tuple[str, ...] = ("params.yaml", f"tokens: {rates()['text']['source']}")
+        card, cards = ("cpu", 0) if "cpu" in known else place.cards if place else (None, 0)
+        if card is None:
+            how += f"; compute.yaml names no accelerators for {stage}"
+        elif card not in known or (card != "cpu" and card not in rates()["gpu_hour"]):
+            how += f"; rates.yaml has no rates or no price for {model} on {card}"
+            card = None
+        if card is None:
+            return Line(stage, decisions, decisions * each, None, cards, None, None, how, sources)
+        serving = len(places.vllm.gpus or ()) if stage == "rl" else 0  # the others train
+        shares = [
+            _Share(plays, "play_decisions_per_second", "plays {} decisions", serving or cards),
+            _Share(trains * each, f"{stage}_tokens_per_second", "trains on {} tokens", max(1, cards - serving)),
+            _Share(
+                validates * each * _FORWARD, f"{stage}_tokens_per_second", "validates on three times {} tokens", cards
+            ),
+        ]
+        low = high = 0.0
+        for share in shares:
+            if share.number:
+                rate = known[card][share.rate]
+                slow, fast = _both(rate["rate"])
+                many = max(1, share.cards)
+                low, high = low + share.number / fast / many, high + share.number / slow / many
+                how += f"; {share.what.format(_span(slow * many, fast * many))} a second"
+                if (source := f"{share.rate}: {rate['source']}") not in sources:
+                    sources += (source,)
+        hours = low / 3600, high / 3600
+        if not cards:
+            return Line(stage, decisions, decisions * each, hours, 0, _NOTHING, _NOTHING, how, sources)
+        if place and place.where == "sky":
+            setup = rates()["setup"]
+            hours = hours[0] + setup["minutes"][0] / 60, hours[1] + setup["minutes"][1] / 60
+            how += f"; {_span(*setup['minutes'])} minutes of set-up"
+            sources += (f"set-up: {setup['source']}",)
+        price = rates()["gpu_hour"]
+        how += f"; {cards} × {card} at ${price[card]:.2f} an hour"
+        sources += (f"price of an hour: {price['source']}",)
+        spent = cards * hours[0], cards * hours[1]
+        usd = spent[0] * price[card], spent[1] * price[card]
+        return Line(stage, decisions, decisions * each, hours, cards, spent, usd, how, sources)
+
     lines = [
-        line("sft", 0, round(rows * sft.epochs), f"{rows:,} rows ({kept['share']:.1%} kept) × {sft.epochs:g} epochs"),
         line(
-            "rl",
-            episodes * rl.max_steps,
-            rl.iterations * rl.decisions * rl.epochs,
-            f"{episodes:,} episodes × at most {rl.max_steps} decisions, {rl.iterations} × {rl.decisions:,} trained on",
+            "sft",
+            *(0, trained, validations * held_out),
+            f"{rows:,} rows ({kept['share']:.1%} kept) × {sft.epochs:g} epochs, {validations} × {held_out:,} validated",
         ),
         line(
+            "rl",
+            *(episodes * rl.max_steps, updated, 0),
+            f"{episodes:,} episodes × at most {rl.max_steps} decisions, {rl.iterations} × {rl.decisions:,} trained on",
+        ),
+        line("agreement", *(agreed, 0, 0), f"{agreed:,} held-out decisions"),
+        line(
             "benchmark_student",
-            students * len(benchmark.seeds) * benchmark.steps,
-            0,
+            *(tested, 0, 0),
             f"{students} students × {len(benchmark.seeds)} worlds × at most {benchmark.steps} decisions",
         ),
     ]
@@ -195,3 +308,15 @@ def _student(settings: Params, read: int) -> list[Line]:
         frames = pretraining.steps * pretraining.batch_size
         lines.insert(0, _here("student", frames, "pretraining_frames_per_second", f"{frames:,} frames of random play"))
     return lines
+
+
+def _both(rate: float | list[float]) -> Range:
+    """The low and the high rate; of a measured one, the spread around it."""
+    if isinstance(rate, list):
+        return rate[0], rate[1]
+    spread = rates()["spread"]["share"]
+    return rate / (1 + spread), rate / (1 - spread)
+
+
+def _span(low: float, high: float) -> str:
+    return f"{low:,.4g}" if low == high else f"{low:,.0f} to {high:,.0f}"
