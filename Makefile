@@ -34,7 +34,7 @@ test-gpu: ## what only a GPU shows; on APPRENTICE_PYTHON, .venv or PYTHON, which
 	    test -n "$$python" && "$$python" -c 'import torch' 2> /dev/null && break || python=; \
 	done; \
 	test -n "$$python" || { $(MAKE) setup && python=$(VENV)/bin/python; } && \
-	PYTHONPATH=src "$$python" -m pytest tests/on_gpu.py --verbose --capture=no -rs --durations=0 --durations-min=1
+	PYTHONPATH="src:$$PYTHONPATH" "$$python" -m pytest tests/on_gpu.py --verbose --capture=no -rs --durations=0 --durations-min=1
 
 test-report: setup ## the report in a headless Chromium, from Debian's packages if there's none
 	command -v chromium > /dev/null || (apt-get update --quiet && apt-get install --quiet --yes -o DPkg::Lock::Timeout=600 --no-install-recommends \

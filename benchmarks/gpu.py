@@ -45,6 +45,8 @@ REPLY = 30
 BATCHES = (32, 64, 128)
 PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
 """Dense bfloat16 FLOP/s, from NVIDIA's data sheets; of others, what a large product of matrices reaches."""
+MOST = 150.0
+"""Seconds that a row may take, the start of the process or of a server with it."""
 PARTS = ("play", "worlds", "log-probabilities", "update", "sync")
 """Of an iteration of rl; worlds is the making of them."""
 yaml = YAML(typ="safe")
@@ -77,6 +79,8 @@ def main(
         raise typer.BadParameter("--write is for rates of a GPU and of the hub's sizes")
     card = torch.cuda.get_device_name() if gpus.used() else "processor"
     last = time.monotonic() + 60 * minutes
+    if len(gpus.names()) > 1:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus.names()[0]
     print(f"{card}, torch {torch.__version__}; rates a second")
     print(line("size", "what", "tokens", "of peak", "decisions", "GiB", "took", "note"), flush=True)
     with tempfile.TemporaryDirectory() as top:
@@ -140,7 +144,7 @@ def run(job: Job, size: str, worker: "Worker", last: float) -> None:
         if not job.found:
             worker.begin(job)
         try:
-            found = worker.next(min(240.0, last + 60 - began))
+            found = worker.next(MOST)
         except RuntimeError as error:
             print(line(size, name, took=f"{time.monotonic() - began:.0f} s", note=str(error)), flush=True)
             return
@@ -460,7 +464,7 @@ def rl(size: str, top: Path, serving: str) -> Iterator[dict]:
     groups, members, turns, decisions, batch = (8, 4, 4, 128, 64) if size != "tiny" else (2, 2, 2, 4, 4)
     changes = {"iterations": 2, "groups": groups, "group_size": members, "max_steps": turns, "decisions": decisions}
     changes |= {"batch_size": batch, "evaluation": {"seeds": "310000-310001", "every": 1000}}
-    changes |= {"max_invalid_rate": 1.0, "max_kl": 1e9, "reward": {"invalid": -1.0}}
+    changes |= {"max_invalid_rate": 1.0, "max_kl": 1e9, "reward": {"invalid": -1.0}, "zero": {"stage": 0}}
     tree = yaml.load((ROOT / "params.yaml").read_text())
     tree["profile"] = name = "qwen2b" if size == "tiny" else f"qwen{size}"
     tree["profiles"][name]["rl"].update(changes)
@@ -472,6 +476,8 @@ def rl(size: str, top: Path, serving: str) -> Iterator[dict]:
         torch.cuda.reset_peak_memory_stats()
     with mock.patch("apprentice.files.digest", lambda path: "measured"), clocked() as spent:
         stage.main()
+    if "whole" not in spent:
+        raise RuntimeError("the stage stopped early; its output says why")
     whole, rl = spent.pop("whole"), profile.rl
     played = spent.pop("decisions")
     learning = whole - spent["play"] - spent["worlds"] - spent["sync"]
