@@ -12,7 +12,8 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 SKY_READY := .venv-sky/ready-$(shell cksum <requirements-sky.lock | tr ' ' '-')
 S3_READY := .venv-s3/ready-$(shell cksum <requirements-s3.lock | tr ' ' '-')
 
-.PHONY: setup repro test test-rehearsal test-openenv test-report test-vllm test-deepspeed test-sky test-s3 vllm sky deps lint types clean
+.PHONY: setup repro test test-rehearsal test-openenv test-report test-vllm test-deepspeed test-gpu test-sky test-s3 vllm sky \
+    deps lint types clean
 
 repro: setup ## the whole pipeline, only what has changed
 	dvc repro
@@ -31,6 +32,13 @@ test-deepspeed: setup ## two ranks that divide the optimizer's state, on two CPU
 
 test-rehearsal: setup ## the profile qwen2b from end to end: few layers, pretended GPUs, a stand-in for vLLM
 	python -m pytest tests/rehearsal.py
+
+test-gpu: ## what only a GPU shows; on APPRENTICE_PYTHON, .venv or PYTHON, whichever is there and has torch
+	@for python in "$(APPRENTICE_PYTHON)" $(VENV)/bin/python "$(PYTHON)"; do \
+	    test -n "$$python" && "$$python" -c 'import torch' 2> /dev/null && break || python=; \
+	done; \
+	test -n "$$python" || { $(MAKE) setup && python=$(VENV)/bin/python; } && \
+	PYTHONPATH="src:$$PYTHONPATH" "$$python" -m pytest tests/on_gpu.py --verbose --capture=no -rs --durations=0 --durations-min=1
 
 test-report: setup ## the report in a headless Chromium, from Debian's packages if there's none
 	command -v chromium > /dev/null || (apt-get update --quiet && apt-get install --quiet --yes -o DPkg::Lock::Timeout=600 --no-install-recommends \
