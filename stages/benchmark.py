@@ -37,14 +37,15 @@ def main(name: str) -> None:
 
 
 def spec(name: str, agent: params.Agent, benchmark: params.Benchmark):
-    """What the agent is to play, by the benchmark's rules."""
+    """What the agent is to play, by the benchmark's rules; a paid one's episodes are named in players.chat."""
     from apprentice.fingerprint import code, fingerprint
     from apprentice.play import Spec
 
-    rules = {"max_steps": benchmark.steps, "opening": benchmark.opening}
-    key = fingerprint(
-        agent=name, play=agent.model_dump(mode="json"), **rules, code=code(__file__, players=[agent.policy])
-    )
+    key = ""
+    if agent.endpoint is None:
+        rules = {"max_steps": benchmark.steps, "opening": benchmark.opening}
+        made_by = code(__file__, players=[agent.policy])
+        key = fingerprint(agent=name, play=agent.model_dump(mode="json"), **rules, code=made_by)
     return Spec(benchmark.seeds, benchmark.steps, agent.prompt, name, opening=benchmark.opening, fingerprint=key)
 
 

@@ -48,13 +48,15 @@ def main(
 
 
 def spec(name: str, teacher: params.Teacher):
-    """What the teacher is to play. A scripted one's episodes are known by all that shapes them, a paid one's replies
-    by what was shown."""
+    """What the teacher is to play. A scripted one's episodes are known by all that shapes them; a paid one's are named
+    in players.chat, by what its endpoint is asked."""
     from apprentice.fingerprint import code, fingerprint
     from apprentice.play import Spec
 
-    shaping = teacher.model_dump(mode="json", exclude={"seeds"})
-    key = fingerprint(agent=name, teacher=shaping, code=code(__file__, players=[teacher.policy]))
+    key = ""
+    if teacher.endpoint is None:
+        shaping = teacher.model_dump(mode="json", exclude={"seeds"})
+        key = fingerprint(agent=name, teacher=shaping, code=code(__file__, players=[teacher.policy]))
     return Spec(teacher.seeds, teacher.max_steps, teacher.prompt, name, teacher.explore, fingerprint=key)
 
 

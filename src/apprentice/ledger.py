@@ -2,6 +2,7 @@
 
 import sqlite3
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from apprentice.cache import cache_folder
@@ -23,6 +24,19 @@ def write(db: sqlite3.Connection, path: Path, statement: str, values: tuple = ()
             f"{path} cannot be written: {error}; what is in it is kept: make room there, or name another folder by "
             "APPRENTICE_CACHE, and run the same command again"
         ) from None
+
+
+@contextmanager
+def transaction(db: sqlite3.Connection, path: Path) -> Iterator[None]:
+    """What is read and written within it is one act, also for other processes. After an error nothing is written."""
+    write(db, path, "BEGIN IMMEDIATE")
+    try:
+        yield
+        write(db, path, "COMMIT")
+    except BaseException:
+        if db.in_transaction:
+            db.rollback()
+        raise
 
 
 class Ledger:

@@ -14,7 +14,7 @@ from apprentice.episode import HISTORY, Episode, Step
 from apprentice.ledger import Ledger
 from apprentice.params import Prompt
 from apprentice.policy import Policy, Turn
-from apprentice.workers import in_processes
+from apprentice.workers import in_processes, together
 from apprentice.world.observation import ACTIONS
 from apprentice.world.world import World
 
@@ -108,12 +108,7 @@ def play(
         ended(place, episode)
         return episode
 
-    async def all_of_them() -> list[Episode]:
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(one(place, seed)) for place, seed in enumerate(spec.seeds)]
-        return [task.result() for task in tasks]
-
-    return asyncio.run(all_of_them())
+    return asyncio.run(together(one(place, seed) for place, seed in enumerate(spec.seeds)))
 
 
 def record(

@@ -93,46 +93,158 @@ def answer(actions: tuple[str, ...] | list[str], words: str | None = None) -> di
     return {"role": "assistant", "content": words, "tool_calls": [call]}
 
 
+_THOUGHT = re.compile(
+    r"[<\[◁](?P<close>/)?(?:seed:)?(?:think(?:ing)?|thoughts?|reasoning)[>\]▷]|<\|(?:begin|(?P<end>end))_of_thought\|>",
+    re.IGNORECASE,
+)
+"""Where a model's thinking begins and ends, in the text of one that thinks aloud."""
+_FENCED = re.compile(r"```.*?(?:```|\Z)", re.DOTALL)
+_BLOCK = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
+_WRAPPERS = ("function", "function_call", "functionCall", "custom")
+_ARGUMENTS = ("arguments", "input", "args", "parameters")
+_FOREIGN = {
+    "Mistral's [TOOL_CALLS]": r"\[TOOL_CALLS\]",
+    "DeepSeek's <｜tool▁calls▁begin｜>": r"tool▁call",
+    "Llama's <|python_tag|>": r"<\|python_tag\|>",
+    "<function=…>": r"<function=",
+    "gpt-oss's <|channel|>": r"<\|channel\|>",
+    "<|tool_call|>": r"<\|tool_call",
+    "Anthropic's <invoke>": r"<(?:antml:)?invoke ",
+}
+"""Calls that a model wrote into its text and its server has not read: the form, and what it is known by."""
+_BROKEN = object()
+"""In the place of a call, or of its arguments, that should be JSON and isn't."""
+
+
 def said(message: dict) -> str:
-    """The text of a chat message, of all its parts one after the other; empty where there is none."""
-    content = message.get("content") if isinstance(message, dict) else None
+    """The text of a chat message, of all its parts one after the other, without thinking; empty where there is none."""
+    return _spoken(_words(message.get("content"))) if isinstance(message, dict) else ""
+
+
+def _words(content: object, depth: int = 4) -> str:
+    """The text of a content in any of the forms that endpoints give it: a text, a part, a list of either."""
+    if isinstance(content, str):
+        return content
+    if not depth:
+        return ""
     if isinstance(content, list):
-        texts = [part.get("text") for part in content if isinstance(part, dict)]
-        content = "".join(text for text in texts if isinstance(text, str))
-    return content if isinstance(content, str) else ""
+        return "".join(_words(part, depth - 1) for part in content)
+    if not isinstance(content, dict) or re.search("think|reason|summary", str(content.get("type", ""))[:40]):
+        return ""
+    within = (content.get(name) for name in ("text", "content", "parts", "value"))
+    return next((text for part in within if (text := _words(part, depth - 1))), "")
+
+
+def _spoken(text: str) -> str:
+    """A text without what is thought: from a <think> to its end, or from the start where a template has opened it."""
+    spoken, at, thinking = "", 0, False
+    for tag in _THOUGHT.finditer(text):
+        ends = bool(tag["close"] or tag["end"])
+        if not thinking:
+            spoken += text[at : tag.start()]
+        # A reply that begins with a call isn't thought, and may speak of the tag; unless another call follows.
+        if ends and not thinking and ("<tool_call>" in text[tag.end() :] or not spoken.lstrip().startswith("<tool")):
+            spoken = ""
+        at, thinking = tag.end(), not ends
+    return spoken if thinking else spoken + text[at:]
+
+
+def plain(message: dict) -> dict:
+    """An assistant's message in OpenAI's own form, whatever form it came in; `parse` reads the same in both.
+
+    Where there is a call and nothing is said beside it, what the endpoint gives as its reasoning stands there.
+    """
+    content = message.get("content")
+    text = content if isinstance(content, str) else _words(content) or None
+    called = [_openai(call, number) for number, call in enumerate(_raw_calls(message))]
+    if called and not said({"content": text}):
+        text = _words(message.get("reasoning_content")) or _words(message.get("reasoning")) or text
+    refusal = {"refusal": message["refusal"]} if message.get("refusal") else {}
+    return {"role": "assistant", "content": text} | ({"tool_calls": called} if called else {}) | refusal
+
+
+def calls(message: dict) -> list[dict]:
+    """The tool calls of an assistant message that have a name and arguments in JSON: {"name", "arguments"}."""
+    found = [call for call in _calls(message) if isinstance(call, dict) and isinstance(call["name"], str)]
+    return [call for call in found if call["arguments"] is not _BROKEN]
+
+
+def _calls(message: object) -> list:
+    """All tool calls; _BROKEN for one that is no JSON, None for one that is no object."""
+    if not isinstance(message, dict):
+        return []
+    if raw := _raw_calls(message):
+        return [_call(call) for call in raw]
+    text = said(message)
+    blocks = _BLOCK.findall(_FENCED.sub("", text)) or _BLOCK.findall(text)
+    return [_BROKEN if (block := _json(text)) is _BROKEN else _call(block) for text in blocks]
+
+
+def _raw_calls(message: dict) -> list:
+    """The calls beside the text, in the form they came in: OpenAI's, a single one, its older API's, parts of others."""
+    found = message.get("tool_calls") or message.get("function_call")
+    if found and isinstance(found, (list, dict)):
+        return found if isinstance(found, list) else [found]
+    contents = [message.get(name) for name in ("content", "output")]
+    parts = [part for content in contents for part in (content if isinstance(content, list) else [content])]
+    kinds = ("tool_use", "tool_call", "function_call")
+    return [
+        part
+        for part in parts
+        if isinstance(part, dict) and (part.get("type") in kinds or isinstance(part.get("functionCall"), dict))
+    ]
+
+
+def _call(call: object) -> dict | None:
+    """A call as {"name", "arguments"}, whatever it is wrapped in."""
+    if not isinstance(call, dict):
+        return None
+    function = next((call[name] for name in _WRAPPERS if isinstance(call.get(name), dict)), call)
+    arguments = next((function[name] for name in _ARGUMENTS if name in function), None)
+    return {"name": function.get("name"), "arguments": _json(arguments) if isinstance(arguments, str) else arguments}
+
+
+def _openai(call: object, number: int) -> object:
+    """A call in OpenAI's form; one that has no name as it came."""
+    found = _call(call)
+    if found is None or isinstance(call.get("function"), dict) or not isinstance(found["name"], str):
+        return call
+    arguments = "" if found["arguments"] is _BROKEN else json.dumps(found["arguments"])
+    function = {"name": found["name"], "arguments": arguments}
+    return {"id": call.get("id") or f"call_{number}", "type": "function", "function": function}
+
+
+def _json(text: str) -> object:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return _BROKEN
 
 
 def parse(message: dict, max_actions: int | None = None) -> Parsed:
     """The actions that an assistant message asks for, or why it cannot be read; never raises on a message.
 
-    Read are OpenAI tool calls (arguments as JSON text or as a dict) and Hermes `<tool_call>` blocks in the text.
-    Several calls are taken one after the other. max_actions: the most that are allowed; None for any number.
+    Read are tool calls as OpenAI has them (arguments as JSON text or as a dict) and as others do: bare, a single one,
+    of older and newer APIs, among the parts of the content; and Hermes `<tool_call>` blocks in the text. A call that
+    was only thought is none, nor is one in a code fence beside others. Several calls are taken one after the other.
+    max_actions: the most that are allowed; None for any number.
     """
-    calls = message.get("tool_calls") if isinstance(message, dict) else None
-    if calls and isinstance(calls, list):
-        found = [call.get("function") if isinstance(call, dict) else None for call in calls]
-    else:
-        blocks = re.findall(r"<tool_call>(.*?)(?:</tool_call>|\Z)", said(message), re.DOTALL)
-        if not blocks:
-            return Parsed((), "no tool call")
-        found = []
-        for block in blocks:
-            try:
-                found.append(json.loads(block))
-            except (ValueError, RecursionError):
-                return Parsed((), "the tool call is not valid JSON")
+    found = _calls(message)
+    if not found:
+        text = said(message)
+        forms = [form for form, known in _FOREIGN.items() if re.search(known, text)]
+        return Parsed((), f"no tool call, but {forms[0]} in the text" if forms else "no tool call")
+    if _BROKEN in found:
+        return Parsed((), "the tool call is not valid JSON")
     actions: list[str] = []
-    for function in found:
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+    for call in found:
+        if call is None or not isinstance(call["name"], str):
             return Parsed((), "the tool call has no name")
-        if function["name"] != "act":
-            return Parsed((), f"unknown tool {function['name'][:40]!r}")
-        arguments = function.get("arguments")
-        if isinstance(arguments, str):
-            try:
-                arguments = json.loads(arguments)
-            except (ValueError, RecursionError):
-                return Parsed((), "the arguments are not valid JSON")
+        if call["name"] != "act":
+            return Parsed((), f"unknown tool {call['name'][:40]!r}")
+        arguments = call["arguments"]
+        if arguments is _BROKEN:
+            return Parsed((), "the arguments are not valid JSON")
         asked = arguments.get("actions") if isinstance(arguments, dict) else None
         if not isinstance(asked, list) or not asked:
             return Parsed((), "the arguments have no list of actions")

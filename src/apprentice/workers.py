@@ -1,14 +1,15 @@
 """Work in several processes that never outlive their parent."""
 
+import asyncio
 import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing.connection import wait
 from multiprocessing.queues import SimpleQueue
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
@@ -16,6 +17,24 @@ T = TypeVar("T")
 def cores() -> int:
     """How many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+async def together(calls: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """The results of all calls, which run at once, in their order.
+
+    When one raises, the others are cancelled, and its own error is raised: what it says is for the user, and a group of
+    errors would hide it.
+    """
+    error: BaseException
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(call) for call in calls]
+        return [task.result() for task in tasks]
+    except BaseExceptionGroup as errors:
+        error = errors
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    raise error
 
 
 def in_processes(

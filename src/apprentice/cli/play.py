@@ -155,7 +155,7 @@ def _episode(
 
     async def ask() -> "Episode":
         with Replies(agent, model.endpoint.asked, alone=True) as replies:
-            async with Client(model.endpoint, whose, replies.spent() or 0.0) as client:
+            async with Client(model.endpoint, whose, agent) as client:
                 spec = Spec([seed], max_steps, model.prompt, agent)
                 return await play_one(seen(Chat(agent, client, replies)), spec, seed)
 

@@ -1,8 +1,8 @@
 """A model as judge: an episode in words and a rubric go to an endpoint, a score from 0 to 1 comes back.
 
 The score is a weighted mean of what the judge gives for the outcome and for each kind of event. Its answers are kept in
-the ledger under all that was asked, so other weights or a rerun cost nothing. A judge that fails costs no episode:
-there's just no score.
+the ledger under all that was asked, so other weights or a rerun cost nothing; also those that have no marks, which were
+paid for as well. A judge that fails costs no episode: there's just no score.
 """
 
 import asyncio
@@ -13,10 +13,12 @@ from itertools import groupby
 
 from apprentice import prompt
 from apprentice.endpoint.client import Client
+from apprentice.endpoint.purse import Purse
 from apprentice.endpoint.replies import Replies, shown_digest
 from apprentice.episode import Episode, Reply, Step
-from apprentice.errors import NoAnswer, OutOfMoney
+from apprentice.errors import ConfigError, NoAnswer, OutOfMoney, WorkError
 from apprentice.params import Judge
+from apprentice.workers import together
 
 BEST = 10
 """The judge's own scale begins with 0."""
@@ -41,52 +43,59 @@ def scores(episodes: Iterable[Episode], settings: Judge) -> list[Verdict]:
 
 
 def spent(settings: Judge) -> float | None:
-    """Dollars that all of the judge's answers have cost; None if a price was not known."""
-    with Replies("judge", settings.endpoint.asked) as replies:
-        return replies.spent()
+    """Dollars that all of the judge's answers have cost; None if they aren't known."""
+    with Purse(settings.endpoint, "judge") as purse:
+        return purse.spent
 
 
 async def _scores(episodes: Iterable[Episode], settings: Judge) -> list[Verdict]:
     found: dict[int, Verdict] = {}
     waiting = enumerate(episodes)
-    stopped = ""
+    stopped: ConfigError | WorkError | None = None
     with Replies("judge", settings.endpoint.asked, alone=True) as replies:
-        client = Client(settings.endpoint, "judge.endpoint", replies.spent() or 0.0)
+        client = Client(settings.endpoint, "judge.endpoint", "judge")
 
         async def one_after_the_other() -> None:
             nonlocal stopped
             for place, episode in waiting:
                 try:
                     found[place] = await _judged(episode, settings, client, replies, stopped)
-                except OutOfMoney as error:
-                    stopped = str(error)
-                    found[place] = Verdict(episode.id, None, stopped)
+                except (ConfigError, WorkError) as error:
+                    # What others have under way is still answered, and kept.
+                    stopped = stopped or error
+                    found[place] = Verdict(episode.id, None, str(stopped))
 
-        try:
-            async with client, asyncio.TaskGroup() as group:
-                for _ in range(settings.endpoint.concurrency):
-                    group.create_task(one_after_the_other())
-        except BaseExceptionGroup as errors:
-            raise errors.exceptions[0] from None
+        async with client:
+            await together(one_after_the_other() for _ in range(settings.endpoint.concurrency))
+    if stopped and not isinstance(stopped, OutOfMoney):
+        raise stopped
     return [found[place] for place in sorted(found)]
 
 
-async def _judged(episode: Episode, settings: Judge, client: Client, replies: Replies, stopped: str) -> Verdict:
+async def _judged(
+    episode: Episode, settings: Judge, client: Client, replies: Replies, stopped: ConfigError | WorkError | None
+) -> Verdict:
     asked, tools = messages(episode, settings), [_tool(settings)]
     shown = shown_digest(asked, tools)
     kept = replies.get(0, 0, shown)
     if kept:
-        return Verdict(episode.id, score(kept[0].message, settings))
-    if stopped:
-        return Verdict(episode.id, None, stopped)
+        reply = kept[0]
+    elif stopped:
+        return Verdict(episode.id, None, str(stopped))
+    else:
+        try:
+            answer = await client.complete(asked, tools)
+        except NoAnswer as error:
+            return Verdict(episode.id, None, str(error))
+        message, finish = answer.message, answer.finish_reason
+        reply = Reply(message, finish, answer.model, answer.prompt_tokens, answer.completion_tokens)
+        replies.add(0, 0, shown, reply, answer.cost, answer.seconds)
     try:
-        answer = await client.complete(asked, tools)
-        found = score(answer.message, settings)
-    except (NoAnswer, ValueError) as error:
-        return Verdict(episode.id, None, str(error))
-    reply = Reply(answer.message, answer.finish_reason, answer.model, answer.prompt_tokens, answer.completion_tokens)
-    replies.add(0, 0, shown, reply, answer.cost, answer.seconds)
-    return Verdict(episode.id, found)
+        return Verdict(episode.id, score(reply.message, settings))
+    except ValueError as error:
+        cut = reply.finish_reason == "length"
+        remedy = "it was cut off: raise max_tokens" if cut else "tool_choice: required makes most models give them"
+        return Verdict(episode.id, None, f"{error}; other settings of judge.endpoint ask anew, and {remedy}")
 
 
 def score(message: dict, settings: Judge) -> float:
@@ -105,16 +114,23 @@ def score(message: dict, settings: Judge) -> float:
 
 
 def _given(message: dict) -> dict:
-    """The arguments of the judge's tool call, or the JSON object in its text."""
-    calls, content = message.get("tool_calls"), prompt.said(message)
-    try:
-        text = calls[0]["function"]["arguments"] if calls else content[content.index("{") : content.rindex("}") + 1]
-        given = json.loads(text) if isinstance(text, str) else text
-    except (LookupError, TypeError, ValueError, AttributeError, RecursionError):
-        raise ValueError("the judge's answer has no marks") from None
-    if not isinstance(given, dict):
+    """The arguments of the judge's tool call, or the last JSON object with an outcome in its text."""
+    for call in prompt.calls(message):
+        if isinstance(call["arguments"], dict):
+            return call["arguments"]
+    text, found, at = prompt.said(message), None, 0
+    while (at := text.find("{", at)) >= 0:
+        try:
+            given, end = json.JSONDecoder().raw_decode(text, at)
+        except RecursionError:
+            break
+        except ValueError:
+            given, end = None, at + 1
+        # What has no outcome may have it further in.
+        found, at = (given, end) if isinstance(given, dict) and "outcome" in given else (found, at + 1)
+    if found is None:
         raise ValueError("the judge's answer has no marks")
-    return given
+    return found
 
 
 def messages(episode: Episode, settings: Judge) -> list[dict]:

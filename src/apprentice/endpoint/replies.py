@@ -5,10 +5,9 @@ import json
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 
-from apprentice.cache import cache_folder
+from apprentice.endpoint.purse import database
 from apprentice.episode import Reply
 from apprentice.files import locked
-from apprentice.fingerprint import hashed
 from apprentice.ledger import opened, write
 
 
@@ -21,26 +20,27 @@ class Replies:
     """What an endpoint has answered to one agent: each reply as it came, with what it cost and how long it took.
 
     A reply is known by the episode's seed, its place there, and a digest of all that was shown for it. Beside them
-    stands how episodes ended, by the run, which is a name for all that shapes an episode.
+    stands how episodes ended, by the run, which is a name for all that shapes an episode. What was paid is in the same
+    database, see `Purse`: a payment may come to no reply.
 
-    settings: what shapes a reply beside what is shown, JSON-able. alone: wait until no other process has opened them
-    so, since two would pay for the same replies.
+    settings: what shapes a reply beside what is shown, JSON-able. alone: wait until no other process has opened this
+    agent's so, since two would pay for the same replies.
     """
 
     def __init__(self, agent: str, settings: dict, alone: bool = False):
-        self._path = cache_folder() / "replies" / f"{agent}-{hashed(settings)}.sqlite"
+        self.agent, self._path = agent, database(settings)
         self._held = ExitStack()
         if alone:
             waiting = f"{agent}: waiting for another process that plays it"
-            self._held.enter_context(locked(self._path.with_suffix(".lock"), waiting))
+            self._held.enter_context(locked(self._path.with_name(f"{self._path.stem}-{agent}.lock"), waiting))
         self._db = opened(self._path)
         for statement in (
             # Safe from a killed process, if not from a power cut; without a sync to disk, a record takes 0.2 ms.
             "PRAGMA journal_mode = WAL",
             "PRAGMA synchronous = NORMAL",
-            "CREATE TABLE IF NOT EXISTS replies (seed INTEGER, decision INTEGER, shown TEXT, message TEXT, "
+            "CREATE TABLE IF NOT EXISTS replies (agent TEXT, seed INTEGER, decision INTEGER, shown TEXT, message TEXT, "
             "finish_reason TEXT, model TEXT, prompt_tokens INTEGER, completion_tokens INTEGER, cost REAL, "
-            "seconds REAL, PRIMARY KEY (seed, decision, shown))",
+            "seconds REAL, PRIMARY KEY (agent, seed, decision, shown))",
             "CREATE TABLE IF NOT EXISTS episodes (run TEXT, seed INTEGER, cost REAL, failure TEXT, code TEXT, "
             "data BLOB, PRIMARY KEY (run, seed))",
         ):
@@ -57,15 +57,15 @@ class Replies:
         """The reply and its dollars, None where the price was not known; None if there's no such reply."""
         row = self._db.execute(
             "SELECT message, finish_reason, model, prompt_tokens, completion_tokens, cost FROM replies "
-            "WHERE seed = ? AND decision = ? AND shown = ?",
-            (seed, decision, shown),
+            "WHERE agent = ? AND seed = ? AND decision = ? AND shown = ?",
+            (self.agent, seed, decision, shown),
         ).fetchone()
         return row and (Reply(json.loads(row[0]), *row[1:5]), row[5])
 
     def add(self, seed: int, decision: int, shown: str, reply: Reply, cost: float | None, seconds: float) -> None:
-        row = (seed, decision, shown, json.dumps(reply.message), reply.finish_reason, reply.model)
+        row = (self.agent, seed, decision, shown, json.dumps(reply.message), reply.finish_reason, reply.model)
         row += (reply.prompt_tokens, reply.completion_tokens, cost, seconds)
-        write(self._db, self._path, "INSERT OR IGNORE INTO replies VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
+        write(self._db, self._path, "INSERT OR IGNORE INTO replies VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
 
     def ended(self, run: str, seed: int, cost: float | None, code: str, episode: bytes) -> None:
         """Record a finished episode (`store.to_bytes`), what its replies cost, and the code that made it of them."""
@@ -94,9 +94,5 @@ class Replies:
 
     def decisions(self) -> dict[int, int]:
         """How many decisions have been answered, by seed."""
-        return dict(self._db.execute("SELECT seed, count(DISTINCT decision) FROM replies GROUP BY seed"))
-
-    def spent(self) -> float | None:
-        """Dollars for all replies; None if a price was not known."""
-        unknown, total = self._db.execute("SELECT count(*) - count(cost), sum(cost) FROM replies").fetchone()
-        return None if unknown else total or 0.0
+        query = "SELECT seed, count(DISTINCT decision) FROM replies WHERE agent = ? GROUP BY seed"
+        return dict(self._db.execute(query, (self.agent,)))

@@ -66,22 +66,23 @@ class Rollouts:
         }
 
     def _chat(self, name: str, model: Agent, whose: str) -> Chat:
-        """A new one, which knows what the last ones were answered, so that nothing is paid for twice; the client is one
-        for all, so that max_cost_usd holds for them together."""
+        """A new one, which knows what the last ones were answered, so that nothing is paid for twice."""
         if name not in self._clients:
             replies = Replies(name, model.endpoint.asked)
-            self._clients[name] = Client(model.endpoint, whose, replies.spent() or 0.0), replies
+            self._clients[name] = Client(model.endpoint, whose, name), replies
         return Chat(name, *self._clients[name])
 
     def close(self) -> None:
         """End those under way; blocks until they have ended."""
 
         async def close() -> None:
+            playing = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in playing:
+                task.cancel()
+            await asyncio.gather(*playing, return_exceptions=True)  # they write down what they have paid
             for client, replies in self._clients.values():
                 await client.__aexit__()
                 replies.__exit__()
-            for task in asyncio.all_tasks() - {asyncio.current_task()}:
-                task.cancel()
 
         asyncio.run_coroutine_threadsafe(close(), self._loop).result(5)
         self._loop.call_soon_threadsafe(self._loop.stop)

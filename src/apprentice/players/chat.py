@@ -11,19 +11,22 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import uvloop
 from tqdm import tqdm
 
 from apprentice import prompt, store
 from apprentice.endpoint.client import Client
+from apprentice.endpoint.purse import Purse
 from apprentice.endpoint.replies import Replies, shown_digest
-from apprentice.episode import Reply
-from apprentice.errors import NoAnswer, OutOfMoney, WorkError
+from apprentice.episode import Episode, Reply
+from apprentice.errors import ConfigError, NoAnswer, WorkError
 from apprentice.fingerprint import fingerprint
 from apprentice.params import Endpoint
 from apprentice.play import Spec, play_one
 from apprentice.policy import Turn
+from apprentice.workers import together
 
 
 class Chat:
@@ -36,7 +39,7 @@ class Chat:
         self.costs: dict[int, float | None] = {}
         """Dollars of each episode's replies, by its seed; None without a price."""
         self.going_on = asyncio.Lock()
-        self.stopped: WorkError | None = None
+        self.stopped: ConfigError | WorkError | None = None
         """Why nothing may be asked any more; replies under way are still waited for and kept."""
 
     def begin(self, seed: int) -> "_ChatPlayer":
@@ -54,7 +57,7 @@ class _ChatPlayer:
         self.decision += 1
         total = self.policy.costs[self.seed]
         self.policy.costs[self.seed] = None if cost is None or total is None else total + cost
-        return reply
+        return replace(reply, message=prompt.plain(reply.message))
 
     async def _reply(self, messages: list[dict], shown: str) -> tuple[Reply, float | None]:
         policy = self.policy
@@ -83,33 +86,41 @@ def record(spec: Spec, endpoint: Endpoint, code: str, whose: str) -> Iterator[by
     """The episodes of a spec (`store.to_bytes`) in the order of its seeds; what isn't there yet is played first.
 
     code: the digest of what turns replies into episodes. whose: where the endpoint's settings stand, for error
-    messages. Raises ConfigError when the endpoint refuses the key or the model, WorkError when too many episodes have
-    failed or the money is spent; a later run goes on in every case.
+    messages. Raises ConfigError when the endpoint refuses the key, the model or a setting, WorkError when too many
+    episodes have failed or the money is spent; a later run goes on in every case.
     """
     name, seeds = spec.agent, spec.seeds
     with Replies(name, endpoint.asked, alone=True) as replies:
-        client = Client(endpoint, whose, replies.spent() or 0.0)
+        client = Client(endpoint, whose, name)
         policy, run = Chat(name, client, replies), _run(spec, endpoint)
+        wrong: Counter[tuple[str, str]] = Counter()
         finished, failures = replies.finished(run, code), {}
         missing = [seed for seed in seeds if seed not in finished]
         with tqdm(total=len(seeds), desc=name, unit="episode", mininterval=1) as bar:
             bar.update(len(seeds) - len(missing))
 
-            def ended(seed: int, result: bytes | NoAnswer) -> None:
-                if isinstance(result, bytes):
-                    replies.ended(run, seed, policy.costs[seed], code, result)
-                else:
-                    failures[seed] = str(result)
-                    replies.failed(run, seed, failures[seed])
-                    if len(failures) > max(1, endpoint.max_failure_rate * len(seeds)):
-                        policy.stopped = _too_many(spec, endpoint, failures)
-                spent = f", ${client.spent:.4f} spent" if client.price else ""
+            def progress() -> None:
+                spent = f", ${client.purse.known:.4f} spent" if client.price else ""
                 bar.set_postfix_str(f"{len(failures)} failed{spent}", refresh=False)
                 bar.update()
 
-            play = _play(policy, spec, missing, ended)
+            def ended(seed: int, episode: Episode, record: bytes) -> None:
+                replies.ended(run, seed, policy.costs[seed], code, record)
+                wrong.update((step.invalid, step.reply.finish_reason) for step in episode.steps)
+                progress()
+
+            def failed(seed: int, error: NoAnswer) -> None:
+                failures[seed] = str(error)
+                replies.failed(run, seed, failures[seed])
+                if len(failures) > max(1, endpoint.max_failure_rate * len(seeds)):
+                    policy.stopped = policy.stopped or _too_many(spec, endpoint, failures)
+                progress()
+
+            play = _play(policy, spec, missing, ended, failed)
             with _garbage_collected_seldom():
                 uvloop.run(play)  # a tenth faster than asyncio's own loop
+        if unread := _unread(wrong, spec, whose):
+            print(unread, file=sys.stderr)
         if policy.stopped:
             raise policy.stopped
         if len(failures) > endpoint.max_failure_rate * len(seeds) or len(failures) == len(seeds):
@@ -132,8 +143,17 @@ def _garbage_collected_seldom() -> Iterator[None]:
         gc.unfreeze()
 
 
-async def _play(policy: Chat, spec: Spec, seeds: list[int], ended: Callable[[int, bytes | NoAnswer], None]) -> None:
-    """Play an episode on each of these seeds, so many at once, each at its own pace; the first ConfigError ends all."""
+async def _play(
+    policy: Chat,
+    spec: Spec,
+    seeds: list[int],
+    ended: Callable[[int, Episode, bytes], None],
+    failed: Callable[[int, NoAnswer], None],
+) -> None:
+    """Play an episode on each of these seeds, so many at once, each at its own pace.
+
+    The first error that others would meet too stops them all, when what they have under way is answered and kept.
+    """
     waiting = iter(seeds)
 
     async def one_after_the_other() -> None:
@@ -143,36 +163,53 @@ async def _play(policy: Chat, spec: Spec, seeds: list[int], ended: Callable[[int
             try:
                 episode = await play_one(policy, spec, seed)
                 # In a thread: it takes a millisecond a decision, and the others shall go on.
-                result = await asyncio.to_thread(store.to_bytes, episode)
+                record = await asyncio.to_thread(store.to_bytes, episode)
+                ended(seed, episode, record)
             except NoAnswer as error:
-                result = error
-            except OutOfMoney as error:
-                policy.stopped = error
+                failed(seed, error)
+            except (ConfigError, WorkError) as error:
+                policy.stopped = policy.stopped or error
                 break
-            ended(seed, result)
 
-    try:
-        async with policy.client, asyncio.TaskGroup() as group:
-            for _ in range(min(policy.client.endpoint.concurrency, len(seeds))):
-                group.create_task(one_after_the_other())
-    except BaseExceptionGroup as errors:
-        raise errors.exceptions[0] from None
+    async with policy.client:
+        await together(one_after_the_other() for _ in range(min(policy.client.endpoint.concurrency, len(seeds))))
+
+
+def _unread(replies: Counter[tuple[str, str]], spec: Spec, whose: str) -> str:
+    """What to look at when most replies cannot be read; empty when most can. replies: (why not, finish reason)."""
+    wrong = Counter({key: number for key, number in replies.items() if key[0]})
+    if wrong.total() * 2 <= replies.total():
+        return ""
+    why, finish = wrong.most_common(1)[0][0]
+    remedy = f"apprentice traces shows them; {whose}.tool_choice: required makes most models call the tool"
+    if finish == "length":
+        remedy = f"they were cut off: raise {whose}.max_tokens, or have the model think less"
+    elif finish in ("content_filter", "refusal"):
+        remedy = "the model or its provider refuses to answer: name another model"
+    elif "actions asked for" in why:
+        remedy = f"raise {whose.removesuffix('endpoint')}prompt.max_actions"
+    elif why.startswith("no tool call"):
+        remedy = (
+            f"set {whose}.tool_choice to required; a vLLM server needs --enable-auto-tool-choice and the "
+            "--tool-call-parser of its model"
+        )
+    return f"{spec.agent}: {wrong.total()} of {replies.total()} replies cannot be read, most for: {why}; {remedy}"
 
 
 def cost(spec: Spec, endpoint: Endpoint) -> tuple[float | None, float | None]:
-    """Dollars for the finished episodes of a spec, and for all replies; None without a price."""
-    with Replies(spec.agent, endpoint.asked) as replies:
+    """Dollars for the finished episodes of a spec, and for all that was paid; None where they aren't known."""
+    with Replies(spec.agent, endpoint.asked) as replies, Purse(endpoint, spec.agent) as purse:
         finished = replies.finished(_run(spec, endpoint))
         costs = [finished[seed] for seed in spec.seeds if seed in finished]
-        return None if None in costs else sum(costs), replies.spent()
+        return None if None in costs else sum(costs), purse.spent
 
 
 def status(spec: Spec, endpoint: Endpoint) -> str:
     """What there is, in a few lines; plays nothing and needs no key."""
     seeds, run = spec.seeds, _run(spec, endpoint)
-    with Replies(spec.agent, endpoint.asked) as replies:
+    with Replies(spec.agent, endpoint.asked) as replies, Purse(endpoint, spec.agent) as purse:
         finished, failures, kept = replies.finished(run), replies.failures(run), replies.decisions()
-        spent = replies.spent()
+        spent = purse.spent
     begun = {seed: kept[seed] for seed in seeds if seed in kept and seed not in finished}
     failed = {seed: failures[seed] for seed in seeds if seed in failures}
     lines = [
