@@ -212,7 +212,11 @@ def test_1e_5_without_a_point_is_a_number(tmp_path):
         ),
         (
             {"teachers__x": CHAT_256, "split__include_rationale": True, "profile": "qwen2b"},
-            ["teachers.x.endpoint.max_tokens is 256", "profiles.qwen2b.sampling.max_tokens is 128", "include_rationale"],
+            [
+                "teachers.x.endpoint.max_tokens is 256",
+                "profiles.qwen2b.sampling.max_tokens is 128",
+                "include_rationale",
+            ],
         ),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
@@ -339,11 +343,18 @@ def test_a_profile_not_in_use_may_overlap(tmp_path):
     params.load(changed(tmp_path, profiles__qwen2b__rl__seeds="0-9"))
 
 
+def test_worlds_of_the_benchmark_and_of_rls_evaluation_are_held_out(tmp_path):
+    path = changed(tmp_path, benchmark__seeds="200000-200001", profiles__tiny__rl__evaluation__seeds="310000")
+    assert params.load(path).held_out == (200_000, 200_001, 310_000)
+
+
 def test_a_teacher_may_ask_for_as_many_actions_and_say_as_much_as_the_student(tmp_path):
     several = CHAT_256 | {"prompt": {"mode": "image", "max_actions": 5}}
     changes = {"profiles__tiny__prompt__max_actions": 5, "profiles__tiny__sampling__max_tokens": 256}
     assert params.load(changed(tmp_path, teachers__x=several, split__include_rationale=True, **changes)).split
-    assert params.load(changed(tmp_path, profiles__tiny__rl__scale_rewards="group", profiles__tiny__rl__advantage="grpo"))
+    assert params.load(
+        changed(tmp_path, profiles__tiny__rl__scale_rewards="group", profiles__tiny__rl__advantage="grpo")
+    )
 
 
 @pytest.mark.parametrize("written", ["", "- 1\n", "profile: [", "profile: tiny\nprofile: tiny\n", "a: \t- b"])

@@ -459,8 +459,8 @@ class Rl(Section):
     def _known_groups(self):
         if self.scale_rewards == "group" and self.advantage in ("linear", "critic"):
             raise ValueError(
-                f"scale_rewards group does not go with advantage {self.advantage}, which compares with a value function "
-                "and not with a group; set it to batch or none, or advantage to return_to_go, grpo or gigpo"
+                f"scale_rewards group does not go with advantage {self.advantage}, which compares with what a value "
+                "function expects; set it to batch or none, or advantage to return_to_go, grpo or gigpo"
             )
         return self
 
@@ -575,6 +575,11 @@ class Params(Section):
         """The profile in use."""
         return self.profiles[self.profile]
 
+    @property
+    def held_out(self) -> tuple[int, ...]:
+        """World seeds that nothing may be learnt from: others' decisions on them are left out."""
+        return (*self.benchmark.seeds, *self.active.rl.evaluation.seeds)
+
     @model_validator(mode="after")
     def _consistent(self):
         if self.profile not in self.profiles:
@@ -632,9 +637,9 @@ def _teachable(where: str, teacher: Teacher, student: str, profile: Profile, spl
     said, most = teacher.endpoint.max_tokens, profile.sampling.max_tokens
     if said is None or said > most:
         raise ValueError(
-            f"{where}.endpoint.max_tokens is {'not set' if said is None else said} and {student}.sampling.max_tokens is "
-            f"{most}: with split.include_rationale the student would be taught reasons that its own replies are cut off "
-            "in, before the call; set both to the same, or include_rationale to false"
+            f"{where}.endpoint.max_tokens is {'not set' if said is None else said} and {student}.sampling.max_tokens "
+            f"is {most}: with split.include_rationale the student would be taught reasons that its own replies are cut "
+            "off in, before the call; set both to the same, or include_rationale to false"
         )
 
 
