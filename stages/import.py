@@ -27,7 +27,7 @@ def main(name: str) -> None:
     from apprentice.data import imports
 
     report = imports.Report()
-    episodes = imports.read(path, name, report, settings.benchmark.seeds)
+    episodes = imports.read(path, name, report, settings.held_out)
     try:
         store.write(Path(f"data/traces/{name}.parquet"), episodes)
     except imports.NothingUsable as error:

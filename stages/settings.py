@@ -42,6 +42,8 @@ def parts(settings: params.Params) -> dict[str, Any]:
         "benchmark/seeds": benchmark.seeds,
         "benchmark/rules": {"steps": benchmark.steps, "opening": benchmark.opening},
         "benchmark/compared": {"names": benchmark.names, "bootstrap_samples": benchmark.bootstrap_samples},
+        "held_out": settings.held_out,
+        "student/answers": {"max_tokens": settings.active.sampling.max_tokens},
         "sources": [*whole["teachers"], *whole["imports"]],
     }
 

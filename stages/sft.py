@@ -14,9 +14,10 @@ from apprentice.errors import WorkError
 from apprentice.stage import run, write_curve, write_metrics
 
 if TYPE_CHECKING:
+    import numpy as np
     from transformers import Qwen3VLProcessor
 
-    from apprentice.training.examples import Rows
+    from apprentice.training.examples import Rows, Survey
     from apprentice.training.sft import SftTrainer
 
 BASE, OUT = Path("models/base"), Path("models/sft")
@@ -31,14 +32,17 @@ def main() -> None:
     from apprentice.cache import cache_folder
     from apprentice.files import digest
     from apprentice.fingerprint import code, fingerprint
+    from apprentice.student import adapter
     from apprentice.training import devices, memory
 
+    adapter.check_targets(BASE, sft.lora, f"params.yaml: {where}.sft.lora")
     inputs = {name: digest(path) for name, path in {**DATA, "base": BASE}.items()}
     made_by = code(__file__, afterwards=("student.adapter",))  # which writes the model card
     surveys = {name: fingerprint(rows=inputs[name], base=inputs["base"], code=made_by) for name in DATA}
-    left_out = sum(too_long(name, surveys[name], sft.max_length, where) for name in DATA)
+    left_out = sum(too_long(name, surveys[name], profile, where) for name in DATA)
     ranks, rows, accumulation = devices.layout(sft.batch_size, sft.micro_batch_size)
     shaping = {"sft": sft.model_dump(mode="json"), "dtype": profile.dtype, "inputs": list(inputs.values())}
+    shaping["answers"] = profile.sampling.max_tokens
     if sft.zero.stage:
         shaping["ranks"] = ranks  # each has its part of a checkpoint
     checkpoints = cache_folder() / "sft" / fingerprint(**shaping, code=made_by)
@@ -51,17 +55,25 @@ def main() -> None:
     )
 
 
-def too_long(name: str, survey: str, most: int, where: str) -> int:
-    """How many rows of a file have more tokens than `max_length`. Raises WorkError if all have."""
+def fitting(known: "Survey", profile: params.Profile) -> "np.ndarray":
+    """Which rows are trained on: not too long, and with an answer that the student's own play would not cut off."""
+    return (known.lengths <= profile.sft.max_length) & (known.answers <= profile.sampling.max_tokens)
+
+
+def too_long(name: str, survey: str, profile: params.Profile, where: str) -> int:
+    """How many rows of a file don't fit. Raises WorkError if none does."""
     from apprentice.training import examples
 
-    lengths = examples.survey(DATA[name], BASE, survey).lengths
-    if not (lengths <= most).any():
+    known = examples.survey(DATA[name], BASE, survey)
+    fit = fitting(known, profile)
+    if not fit.any():
         raise WorkError(
-            f"sft: {DATA[name]} has no row of at most {most} tokens, the shortest has {min(lengths, default=0)}: "
-            f"raise {where}.sft.max_length, or show less by {where}.prompt"
+            f"sft: {DATA[name]} has no row of at most {profile.sft.max_length} tokens, {profile.sampling.max_tokens} of "
+            f"them the answer; the shortest row has {min(known.lengths, default=0)}, the shortest answer "
+            f"{min(known.answers, default=0)}: raise {where}.sft.max_length or {where}.sampling.max_tokens, or show "
+            f"less by {where}.prompt"
         )
-    return int((lengths > most).sum())
+    return int((~fit).sum())
 
 
 def train(
@@ -77,7 +89,7 @@ def train(
     sft = profile.sft
     args = arguments(profile, checkpoints, rows, accumulation)  # before the model: ZeRO-3 divides it as it's loaded
     model, processor = loading.load(BASE, dtype=profile.dtype, quantization=sft.lora.quantization)
-    data = {name: examples_of(name, surveys[name], processor, sft) for name in DATA}
+    data = {name: examples_of(name, surveys[name], processor, profile) for name in DATA}
     patience = sft.early_stopping_patience
     trainer = SftTrainer(
         model=model,
@@ -140,15 +152,15 @@ def arguments(profile: params.Profile, checkpoints: Path, rows: int, accumulatio
     )
 
 
-def examples_of(name: str, survey: str, processor: "Qwen3VLProcessor", sft: params.Sft) -> "Rows":
-    """The rows of a file that are short enough, in the order of training; of validation, like lengths together."""
+def examples_of(name: str, survey: str, processor: "Qwen3VLProcessor", profile: params.Profile) -> "Rows":
+    """The rows of a file that fit, in the order of training; of validation, like lengths together."""
     import numpy as np
 
     from apprentice.data import dataset
     from apprentice.training import examples
 
-    known = examples.survey(DATA[name], BASE, survey)
-    chosen = np.flatnonzero(known.lengths <= sft.max_length)
+    known, sft = examples.survey(DATA[name], BASE, survey), profile.sft
+    chosen = np.flatnonzero(fitting(known, profile))
     lengths = known.lengths[chosen]
     if name == "train":
         order = dataset.order(lengths, sft.batch_size, sft.epochs, sft.random_seed)
@@ -194,7 +206,7 @@ def write(
     adapter.complete(OUT, processor, profile.student, sections)
     print(
         f"sft: validation loss {best['eval_loss']:.3f} at step {best['step']} of {trainer.state.global_step}; "
-        f"{left_out} rows were too long and left out"
+        f"{left_out} rows were too long, or their answers, and left out"
     )
 
 

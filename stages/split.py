@@ -33,7 +33,7 @@ def main() -> None:
     except ValueError as error:
         hint = "; imported rows are only trained on unless their metadata has a seed" if unknown else ""
         raise WorkError(f"split: {error}{hint}") from None
-    characters, counts = 0, Counter()
+    characters, counts, unplayable = 0, Counter(), Counter()
 
     def rows(validation: bool):
         nonlocal characters
@@ -45,6 +45,10 @@ def main() -> None:
                         counts["invalid"] += 1  # kept by the filter's settings, but no target to learn
                         continue
                     row = chat_rows.row(episode, step, shown_with, split.include_rationale)
+                    said = {"role": "assistant", "content": prompt.spoken(row["messages"][-1])}
+                    if refused := prompt.parse(said, shown_with.max_actions).invalid:
+                        unplayable[refused] += 1  # the student could say it, but not do it
+                        continue
                     characters += chat_rows.characters(row["messages"])
                     counts["pictures"] += row["metadata"]["has_image"]
                     counts["imported"] += episode.imported
@@ -61,14 +65,28 @@ def main() -> None:
         "imported_rows": counts["imported"],
         "imported_rows_with_another_system_prompt": counts["other_prompt"],
         "invalid_left_out": counts["invalid"],
+        "unplayable_left_out": unplayable.total(),
         "pictures": counts["pictures"],
         "characters": characters,
     }
+    if not train or not val:
+        why = "; ".join(f"{count} × {reason}" for reason, count in unplayable.most_common(3))
+        raise WorkError(
+            f"split: {train} train and {val} val rows are left; {counts['invalid']} replies were invalid, and "
+            f"{unplayable.total()} are none that the student's play would take{f' ({why})' if why else ''}: raise "
+            f"profiles.{settings.profile}.prompt.max_actions, or collect more"
+        )
     write_metrics("split", metrics)
     print(
         f"split: {metrics['episodes']} episodes, {train + val} decisions, {train} train and {val} val rows, "
         f"about {characters / 4 / 1e6:.2f} M tokens of text (4 characters each) and {counts['pictures']} pictures"
     )
+    if unplayable:
+        reason, count = unplayable.most_common(1)[0]
+        print(
+            f"split: {unplayable.total()} replies are left out, which the student's own play would not take: {count} × "
+            f"{reason}"
+        )
     if counts["other_prompt"]:
         print(
             f"split: {counts['other_prompt']} imported rows have another system prompt than the one that the student "

@@ -15,6 +15,7 @@ from apprentice.pipeline import ROOT
 STAGES = sorted(file for file in (ROOT / "stages").glob("*.py") if "params" in file.read_text())
 TEACHER = {"policy": "random", "seeds": "0-4"}
 CHAT = {"policy": "chat", "seeds": "0-4", "prompt": {"mode": "image"}, "endpoint": {"model": "m", "api_key_env": "KEY"}}
+CHAT_256 = CHAT | {"endpoint": CHAT["endpoint"] | {"max_tokens": 256}}
 REMOVED = object()
 
 
@@ -192,12 +193,30 @@ def test_1e_5_without_a_point_is_a_number(tmp_path):
             ["teachers.expert: rationale: the policy 'random' has no reasons", "set policy: expert"],
         ),
         (
-            {"split__include_images": False, "profiles__tiny__prompt__mode": "image"},
-            ["split.include_images", "profiles.tiny.prompt.mode is 'image'", "set mode to text, or include_images"],
+            {"profiles__qwen2b__rl__scale_rewards": "group"},
+            ["profiles.qwen2b.rl: scale_rewards group does not go with advantage critic", "set it to batch or none"],
         ),
         (
-            {"split__include_images": False, "profiles__tiny__prompt__mode": "text+image"},
-            ["split.include_images", "profiles.tiny.prompt.mode is 'text+image'"],
+            {"profiles__qwen2b__rl__scale_rewards": "group", "profiles__qwen2b__rl__advantage": "linear"},
+            ["profiles.qwen2b.rl: scale_rewards group does not go with advantage linear"],
+        ),
+        ({"profiles__tiny__sft__lora__rank": 513}, ["profiles.tiny.sft.lora.rank", "less than or equal to 512"]),
+        ({"split__include_images": False}, ["split.include_images: unknown key"]),
+        (
+            {"teachers__x": CHAT | {"prompt": {"mode": "image", "max_actions": 5}}},
+            ["teachers.x.prompt.max_actions is 5", "profiles.tiny.prompt.max_actions is 1", "set both to the same"],
+        ),
+        (
+            {"teachers__x": CHAT, "split__include_rationale": True},
+            ["teachers.x.endpoint.max_tokens is not set", "profiles.tiny.sampling.max_tokens is 16", "reasons"],
+        ),
+        (
+            {"teachers__x": CHAT_256, "split__include_rationale": True, "profile": "qwen2b"},
+            [
+                "teachers.x.endpoint.max_tokens is 256",
+                "profiles.qwen2b.sampling.max_tokens is 128",
+                "include_rationale",
+            ],
         ),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
@@ -324,9 +343,18 @@ def test_a_profile_not_in_use_may_overlap(tmp_path):
     params.load(changed(tmp_path, profiles__qwen2b__rl__seeds="0-9"))
 
 
-def test_a_student_that_reads_words_needs_no_images(tmp_path):
-    path = changed(tmp_path, split__include_images=False, profiles__tiny__prompt__mode="text")
-    assert params.load(path).split.include_images is False
+def test_worlds_of_the_benchmark_and_of_rls_evaluation_are_held_out(tmp_path):
+    path = changed(tmp_path, benchmark__seeds="200000-200001", profiles__tiny__rl__evaluation__seeds="310000")
+    assert params.load(path).held_out == (200_000, 200_001, 310_000)
+
+
+def test_a_teacher_may_ask_for_as_many_actions_and_say_as_much_as_the_student(tmp_path):
+    several = CHAT_256 | {"prompt": {"mode": "image", "max_actions": 5}}
+    changes = {"profiles__tiny__prompt__max_actions": 5, "profiles__tiny__sampling__max_tokens": 256}
+    assert params.load(changed(tmp_path, teachers__x=several, split__include_rationale=True, **changes)).split
+    assert params.load(
+        changed(tmp_path, profiles__tiny__rl__scale_rewards="group", profiles__tiny__rl__advantage="grpo")
+    )
 
 
 @pytest.mark.parametrize("written", ["", "- 1\n", "profile: [", "profile: tiny\nprofile: tiny\n", "a: \t- b"])

@@ -256,7 +256,6 @@ class Split(Section):
     random_seed: NonNegativeInt = 42
     shuffle: bool = True
     """Shuffle the training rows; otherwise they stand in the order of play."""
-    include_images: bool = True
     include_rationale: bool = False
     """What the teacher said beside its tool call becomes part of the answer that the student learns."""
 
@@ -299,11 +298,12 @@ class TinyStudent(Section):
 
 
 class Lora(Section):
-    rank: PositiveInt = 16
+    rank: Annotated[int, Field(ge=1, le=512)] = 16
+    """vLLM serves none above 512."""
     alpha: PositiveInt = 32
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     target_modules: str | Annotated[tuple[str, ...], Field(strict=False)] = "all-linear"
-    """Names of layers, or every linear one."""
+    """Names of linear layers, or every linear one. What scores the words (lm_head) stays as it is."""
     vision: bool = True
     """Adapt the vision tower too; without it nothing is computed backwards through it, which saves a fifth."""
     quantization: Literal["nf4"] | None = None
@@ -404,7 +404,8 @@ class Rl(Section):
     and what they got from the same state on. linear, critic: what a value function expects, of features of the state,
     and of the student's own hidden state too."""
     scale_rewards: Literal["group", "batch", "none"] = "batch"
-    """Whose standard deviation advantages are divided by: their group's, all decisions' of the iteration, none."""
+    """Whose standard deviation advantages are divided by: their group's, all decisions' of the iteration, none.
+    linear and critic know no group."""
     gae_lambda: Annotated[float, Field(ge=0, le=1)] = 0.9
     """How far linear and critic look ahead before they trust their own values; 1 waits for the episode's end."""
     anchor_weight: NonNegativeFloat = 1.0
@@ -459,6 +460,15 @@ class Rl(Section):
             raise ValueError(
                 "staleness does not go with advantage critic, which needs the player's own hidden states; "
                 "write advantage: linear"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _known_groups(self):
+        if self.scale_rewards == "group" and self.advantage in ("linear", "critic"):
+            raise ValueError(
+                f"scale_rewards group does not go with advantage {self.advantage}, which compares with what a value "
+                "function expects; set it to batch or none, or advantage to return_to_go, grpo or gigpo"
             )
         return self
 
@@ -573,6 +583,11 @@ class Params(Section):
         """The profile in use."""
         return self.profiles[self.profile]
 
+    @property
+    def held_out(self) -> tuple[int, ...]:
+        """World seeds that nothing may be learnt from: others' decisions on them are left out."""
+        return (*self.benchmark.seeds, *self.active.rl.evaluation.seeds)
+
     @model_validator(mode="after")
     def _consistent(self):
         if self.profile not in self.profiles:
@@ -595,6 +610,8 @@ class Params(Section):
                     f"imports.{name}.file ({source.file}) is made by this pipeline, which would depend on itself; "
                     "copy it to another folder and name the copy"
                 )
+        for name, teacher in self.teachers.items():
+            _teachable(f"teachers.{name}", teacher, f"profiles.{self.profile}", self.active, self.split)
         uses = {f"teachers.{name}.seeds": teacher.seeds for name, teacher in self.teachers.items()}
         uses[f"profiles.{self.profile}.rl.seeds"] = self.active.rl.seeds
         uses[f"profiles.{self.profile}.rl.evaluation.seeds"] = self.active.rl.evaluation.seeds
@@ -612,13 +629,26 @@ class Params(Section):
                         f"{key}.temperature is {section.temperature}, and protocol balrog plays at 1.0; "
                         "set it to 1.0, or benchmark.protocol to quick"
                     )
-        if self.split.include_images is False and self.active.prompt.mode != "text":
-            raise ValueError(
-                "split.include_images is false but profiles."
-                f"{self.profile}.prompt.mode is {self.active.prompt.mode!r}: the student would never see the picture "
-                "it is trained to read; set mode to text, or include_images to true"
-            )
         return self
+
+
+def _teachable(where: str, teacher: Teacher, student: str, profile: Profile, split: Split) -> None:
+    """Raise ValueError for a teacher whose replies the student's own play would not take."""
+    asked, allowed = teacher.prompt.max_actions, profile.prompt.max_actions
+    if asked > allowed:
+        raise ValueError(
+            f"{where}.prompt.max_actions is {asked} and {student}.prompt.max_actions is {allowed}: the student would "
+            "be taught replies that its own prompt forbids; set both to the same"
+        )
+    if not split.include_rationale or not teacher.endpoint:
+        return
+    said, most = teacher.endpoint.max_tokens, profile.sampling.max_tokens
+    if said is None or said > most:
+        raise ValueError(
+            f"{where}.endpoint.max_tokens is {'not set' if said is None else said} and {student}.sampling.max_tokens "
+            f"is {most}: with split.include_rationale the student would be taught reasons that its own replies are cut "
+            "off in, before the call; set both to the same, or include_rationale to false"
+        )
 
 
 def _disjoint(uses: dict[str, tuple[int, ...]]) -> None:

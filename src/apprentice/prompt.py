@@ -5,6 +5,7 @@ import json
 import re
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -219,6 +220,45 @@ def _json(text: str) -> object:
         return json.loads(text)
     except (ValueError, RecursionError):
         return _BROKEN
+
+
+def spoken(message: dict) -> str:
+    """An assistant message as the student says it: its words, then its calls in Hermes blocks."""
+    calls = [call["function"] for call in message.get("tool_calls") or ()]
+    asked = [{"name": call["name"], "arguments": json.loads(call["arguments"])} for call in calls]
+    blocks = [f"<tool_call>\n{json.dumps(call)}\n</tool_call>" for call in asked]
+    return "\n".join([text for text in (said(message), *blocks) if text])
+
+
+_SPECIAL = re.compile(r"<(?=\|\w+\|>)")
+
+
+def plain(messages: list[dict]) -> list[dict]:
+    """Chat messages that spell no special token, in no role, nor in a call's name or arguments.
+
+    A tokenizer takes `<|im_end|>` for the end of a turn and `<|image_pad|>` for a picture, whoever wrote it. Here it
+    becomes `< |im_end|>`, which is plain letters to every tokenizer. Messages without any are returned as they are.
+    """
+    return [_plain(_in_one(message) if _SPECIAL.search(said(message)) else message) for message in messages]
+
+
+def _in_one(message: dict) -> dict:
+    """The message with texts that follow each other as one: together they may spell what none spells alone."""
+    parts: list[dict] = []
+    for part in message["content"] if isinstance(message["content"], list) else ():
+        if parts and part.get("type") == parts[-1].get("type") == "text":
+            parts[-1] = parts[-1] | {"text": parts[-1]["text"] + part["text"]}
+        else:
+            parts.append(part)
+    return message | {"content": parts or message["content"]}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, str):
+        return _SPECIAL.sub("< ", value)
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return {_plain(key): _plain(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
 def parse(message: dict, max_actions: int | None = None) -> Parsed:

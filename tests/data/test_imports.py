@@ -183,6 +183,21 @@ def shown(part: dict) -> dict:
     return {"messages": [user("look", part), NOOP]}
 
 
+def tool(content: object) -> dict:
+    return {"role": "tool", "tool_call_id": "call_0", "content": content}
+
+
+def animated(form: str) -> str:
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    buffer = io.BytesIO()
+    frames[0].save(buffer, form, save_all=True, append_images=frames[1:])
+    return f"data:image/{form};base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+KEPT = "played on a world kept for evaluation"
+ODD_SEED = "a seed that is no whole number below 2147483648"
+NO_PLACE = "pictures beside the text that do not match their places"
+NO_PICTURE = "a picture's place without the picture"
 LINES = [
     (b"not json", "not JSON"),
     (b'{"messages": ' + b"[" * 100_000, "not JSON"),
@@ -193,11 +208,17 @@ LINES = [
     ({"messages": [None]}, "no messages"),
     ({"messages": []}, "no assistant turn"),
     ({"messages": [user("look")]}, "no assistant turn"),
-    ({"messages": [{"role": "wizard", "content": "?"}, NOOP]}, "a role or content of an unknown kind"),
-    ({"messages": [{"role": "system", "content": 5}, user("look"), NOOP]}, "a role or content of an unknown kind"),
-    (GOOD | {"metadata": {"seed": 200_000}}, "played on a world of the benchmark"),
+    ({"messages": [{"role": "tool_call", "content": "{}"}]}, "a role or content of an unknown kind"),
+    ({"conversations": [{"from": "human", "value": "look"}]}, "conversations (ShareGPT)"),
+    (GOOD | {"videos": ["a.mp4"]}, "videos or audios"),
+    ({"messages": [user("<image> <image>"), NOOP], "images": [url()]}, NO_PLACE),
+    ({"messages": [user("<image>"), NOOP], "images": [url(), url()]}, NO_PLACE),
+    *((GOOD | {"metadata": {"seed": seed}}, KEPT) for seed in (200_000, "200000", "200000.0", 200_000.0, " 200000 ")),
+    (GOOD | {"seed": 200_000}, KEPT),
+    *((GOOD | {"metadata": {"seed": seed}}, ODD_SEED) for seed in (1.5, -1, 2**31, "seven", True, [7], 1e999)),
 ]
 DECISIONS = [
+    ({"messages": [{"role": "wizard", "content": "?"}, NOOP]}, "a role or content of an unknown kind"),
     ({"messages": [NOOP]}, "nothing shown before the reply"),
     ({"messages": [{"role": "user", "content": None}, NOOP]}, "a role or content of an unknown kind"),
     (shown({"type": "input_audio", "input_audio": {}}), "a role or content of an unknown kind"),
@@ -208,6 +229,25 @@ DECISIONS = [
     (shown(picture("data:image/png;base64,not base64!")), "a broken picture"),
     (shown(picture(url()[:-40])), "a broken picture"),
     (shown(picture(bomb(2049))), "a picture over 4 megapixels"),
+    (shown(picture(url(201, 1))), "a picture more than 200 times as long as wide"),
+    (shown(picture(url(2, 402))), "a picture more than 200 times as long as wide"),
+    (shown(picture(animated("gif"))), "an animated picture"),
+    (shown(picture(animated("png"))), "an animated picture"),
+    (shown(picture(animated("webp"))), "an animated picture"),
+    (shown({"type": "image", "image": "pictures/0.png"}), "a picture by address"),
+    (shown({"type": "image", "image": {"path": "pictures/0.png", "bytes": None}}), "a picture by address"),
+    (shown({"type": "image"}), NO_PICTURE),
+    ({"messages": [{"role": "user", "content": "<image>\nlook"}, NOOP]}, NO_PICTURE),
+    ({"messages": [user("<|vision_start|><|image_pad|><|vision_end|>look"), NOOP]}, NO_PICTURE),
+    ({"messages": [user("<video>look"), NOOP]}, "videos or audios"),
+    ({"messages": [user(f"look ![]({url()})"), NOOP]}, "a picture inside the text"),
+    ({"messages": [user('look <img src="a.png">'), NOOP]}, "a picture inside the text"),
+    ({"messages": [user(f"look {url()}"), NOOP]}, "a picture inside the text"),
+    ({"messages": [user("<image><image>") | {"images": [url()]}, NOOP]}, NO_PLACE),
+    ({"messages": [tool(None), NOOP]}, "a role or content of an unknown kind"),
+    ({"messages": [tool({"moved": True}), NOOP]}, "a role or content of an unknown kind"),
+    ({"messages": [tool([picture("http://x/y.png")]), NOOP]}, "a picture by address"),
+    ({"messages": [user("look"), NOOP | {"loss": False}]}, "weight 0"),
     (shown(picture(bomb(30_000))), "a picture over 4 megapixels"),
     ({"messages": [user(picture(url()), picture(url())), NOOP]}, "several pictures in a turn"),
     ({"messages": [user("look"), NOOP | {"weight": 0}]}, "weight 0"),
@@ -234,6 +274,146 @@ def test_a_decision_that_cannot_be_used_is_counted_and_the_rest_of_the_chat_is_k
     episodes, report = imported(write(tmp_path / "rows.jsonl", more))
     assert report.decisions == {"read": 2, reason: 1, "kept": 1}
     assert [step.observation.messages[-1] for step in episodes[0].steps] == [user("then")]
+
+
+def test_a_decision_under_an_odd_system_prompt_falls_alone(tmp_path):
+    odd = [{"role": "system", "content": [picture(url())]}, user("then"), NOOP]
+    episodes, report = imported(write(tmp_path / "rows.jsonl", {"messages": [*GOOD["messages"], *odd]}))
+    assert report.decisions == {"read": 2, "a role or content of an unknown kind": 1, "kept": 1}
+    assert episodes[0].steps[0].observation.messages == (user("grass", {"type": "image"}),)
+
+
+def test_system_prompts_are_one_since_the_template_shows_no_second(tmp_path):
+    system = [
+        {"role": "system", "content": "Play."},
+        {"role": "developer", "content": [{"type": "text", "text": "Well."}]},
+    ]
+    (episode,), _ = imported(write(tmp_path / "rows.jsonl", {"messages": [*system, user("look"), NOOP]}))
+    assert episode.steps[0].observation.messages[0] == {"role": "system", "content": "Play.\nWell."}
+
+
+LOOK, THEN = {"type": "text", "text": "look"}, {"type": "text", "text": "then"}
+PLACE = {"type": "image"}
+RAW = url().partition(",")[2]
+
+
+@pytest.mark.parametrize(
+    ("line", "shown"),
+    [
+        ({"messages": [user("<image>look"), NOOP], "images": [url()]}, [[PLACE, LOOK]]),
+        ({"messages": [{"role": "user", "content": "look<image>then"}, NOOP], "image": url()}, [[LOOK, PLACE, THEN]]),
+        ({"messages": [{"role": "user", "content": "look"}, NOOP], "images": [RAW]}, [[PLACE, LOOK]]),
+        ({"messages": [user(PLACE, "look"), NOOP], "images": [{"bytes": RAW, "path": None}]}, [[PLACE, LOOK]]),
+        (
+            {
+                "messages": [user("<image>look"), NOOP, user("then"), NOOP, user("<image>"), NOOP],
+                "images": [url(), url()],
+            },
+            [[PLACE, LOOK], [THEN], [PLACE]],
+        ),
+        ({"messages": [{"role": "user", "content": "look", "images": [RAW]}, NOOP]}, [[PLACE, LOOK]]),
+        ({"messages": [user("<image>look") | {"images": [url()]}, NOOP]}, [[PLACE, LOOK]]),
+        ({"messages": [user({"type": "image", "image": url()}, "look"), NOOP]}, [[PLACE, LOOK]]),
+        ({"messages": [user({"type": "input_image", "image_url": url()}, "look"), NOOP]}, [[PLACE, LOOK]]),
+        ({"messages": [user(picture(url().replace("data:", "DATA:")), "look"), NOOP]}, [[PLACE, LOOK]]),
+        ({"messages": [user({"type": "image_url", "image_url": url(), "text": None}, "look"), NOOP]}, [[PLACE, LOOK]]),
+        (
+            {"messages": [user({"type": "image", "source": {"type": "base64", "data": RAW}}, "look"), NOOP]},
+            [[PLACE, LOOK]],
+        ),
+        ({"messages": [user("look"), NOOP, tool([THEN, picture(url())]), NOOP]}, [[LOOK], [THEN, PLACE]]),
+        ({"messages": [user("look"), NOOP, tool([{"type": "input_text", "text": "then"}]), NOOP]}, [[LOOK], [THEN]]),
+        ({"messages": [{"role": "user", "content": ["look", picture(url())]}, NOOP]}, [[LOOK, PLACE]]),
+        (
+            {"messages": [user("<|vision_start|><|image_pad|><|vision_end|>", "look"), NOOP], "images": [url()]},
+            [[PLACE, LOOK]],
+        ),
+    ],
+)
+def test_a_picture_is_shown_where_it_belongs_however_it_stands_in_the_file(tmp_path, line, shown):
+    (episode,), report = imported(write(tmp_path / "rows.jsonl", line))
+    assert report.left_out == {}
+    assert [step.observation.messages[-1]["content"] for step in episode.steps] == shown
+    expected = png.decode(base64.b64decode(RAW))
+    for step, parts in zip(episode.steps, shown, strict=True):
+        assert (step.observation.png is not None) == (PLACE in parts)
+        if step.observation.png:
+            assert (png.decode(step.observation.png) == expected).all()
+
+
+def saved(image: Image.Image, form: str = "png", **how) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, form, **how)
+    return f"data:image/{form};base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def pixels(values: list) -> Image.Image:
+    return Image.fromarray(np.array(values, np.uint8))
+
+
+def _upside_down() -> str:
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    colours = np.zeros((2, 1, 3), np.uint8)
+    colours[0] = 255
+    return saved(Image.fromarray(colours), exif=exif)
+
+
+def _palette(**how) -> str:
+    image = Image.new("P", (1, 2), 0)
+    image.putpalette([10, 20, 30, 200, 100, 50])
+    image.putpixel((0, 1), 1)
+    return saved(image, **how)
+
+
+@pytest.mark.parametrize(
+    ("address", "colours"),
+    [
+        (saved(Image.fromarray(np.array([[40_000], [257]], np.uint16))), [156, 1]),
+        (saved(Image.fromarray(np.array([[40_000], [257]], np.uint16)), transparency=257), [156, 255]),
+        (saved(pixels([[200], [7]])), [200, 7]),
+        (saved(pixels([[[200, 0]], [[7, 255]]])), [255, 7]),
+        (saved(pixels([[[200, 1, 2, 0]], [[7, 8, 9, 255]]])), [(255,) * 3, (7, 8, 9)]),
+        (saved(pixels([[[255, 0, 0, 51]], [[7, 8, 9, 255]]])), [(255, 204, 204), (7, 8, 9)]),
+        (_palette(), [(10, 20, 30), (200, 100, 50)]),
+        (_palette(transparency=0), [(255,) * 3, (200, 100, 50)]),
+        (saved(Image.fromarray(np.array([[True], [False]]))), [255, 0]),
+        (_upside_down(), [0, 255]),
+    ],
+    ids=range(10),
+)
+def test_a_picture_has_the_colours_that_one_sees_and_is_the_right_way_up(tmp_path, address, colours):
+    (episode,), _ = imported(write(tmp_path / "rows.jsonl", shown(picture(address))))
+    seen = png.decode(episode.steps[0].observation.png)
+    expected = np.array([[(c,) * 3 if isinstance(c, int) else c] for c in colours])
+    assert seen.shape == expected.shape and (seen == expected).all(), seen
+
+
+def test_a_photograph_in_cmyk_or_with_a_second_picture_is_read(tmp_path):
+    colour = Image.new("RGB", (16, 16), (200, 100, 50))
+    for address in (saved(colour.convert("CMYK"), "jpeg"), saved(colour, "mpo", save_all=True, append_images=[colour])):
+        address = address.replace("/mpo", "/jpeg")
+        (episode,), _ = imported(write(tmp_path / "rows.jsonl", shown(picture(address))))
+        assert np.abs(png.decode(episode.steps[0].observation.png).astype(int) - (200, 100, 50)).max() < 6
+
+
+@pytest.mark.parametrize("seed", [7, "7", 7.0, "7.0"])
+def test_a_seed_is_a_whole_number_however_it_is_written(tmp_path, seed):
+    (episode,), _ = imported(write(tmp_path / "rows.jsonl", GOOD | {"metadata": {"seed": seed}}))
+    assert episode.seed == 7
+
+
+@pytest.mark.parametrize("seed", [None, "", float("nan")])
+def test_a_seed_that_is_missing_is_none(tmp_path, seed):
+    (episode,), _ = imported(write(tmp_path / "rows.jsonl", GOOD | {"metadata": {"seed": seed}}))
+    assert episode.seed is None
+
+
+def test_episodes_whose_ids_differ_late_stay_different(tmp_path):
+    lines = [GOOD | {"metadata": {"episode_id": "x" * 300 + end, "step": 0}} for end in "ab"]
+    episodes, report = imported(write(tmp_path / "rows.jsonl", *lines))
+    assert report.decisions == {"read": 2, "kept": 2}
+    assert len({episode.id for episode in episodes}) == 2 and all(len(episode.id) < 220 for episode in episodes)
 
 
 @pytest.mark.parametrize(("reply", "reason"), REPLIES, ids=range(len(REPLIES)))

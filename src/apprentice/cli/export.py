@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import json
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 Format = Literal["openai", "huggingface", "llamafactory"]
 SPLITS = {"train": "train", "val": "validation"}
+_PLACE = re.compile("<(image|video|audio)>")
 _CARD = """\
 ---
 configs:
@@ -181,19 +183,17 @@ def _turn(message: dict) -> dict[str, str]:
         return {"from": "gpt", "value": words}
     if not words:
         return {"from": "function_call", "value": json.dumps(asked[0] if len(asked) == 1 else asked)}
+    from apprentice import prompt
+
     # It has no turn for words and a call: both as the model will say them.
-    said = [f"<tool_call>\n{json.dumps(call)}\n</tool_call>" for call in asked]
-    return {"from": "gpt", "value": "\n".join([words, *said])}
+    return {"from": "gpt", "value": prompt.spoken(message | {"content": words})}
 
 
 def _words(message: dict) -> str:
-    """The text; `<image>` where a picture is, and nowhere else."""
+    """The text; `<image>` where a picture is, and nowhere else: that, `<video>` and `<audio>` are taken for places."""
     content = message["content"] or ""
-    if isinstance(content, str):
-        return content.replace("<image>", "[image]")
-    return "".join(
-        "<image>" if part["type"] == "image" else part["text"].replace("<image>", "[image]") for part in content
-    )
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    return "".join("<image>" if part["type"] == "image" else _PLACE.sub(r"[\1]", part["text"]) for part in parts)
 
 
 def _without_pictures(messages: list[dict]) -> tuple[list[dict], list[bytes]]:

@@ -40,7 +40,7 @@ def add_imports(
     for key, file in named.items():
         report = reports[key]
         try:
-            for _ in imports.read(file, key, report, settings.benchmark.seeds):
+            for _ in imports.read(file, key, report, settings.held_out):
                 pass
         except imports.NothingUsable as error:
             raise WorkError(f"{error}; params.yaml is as it was") from None

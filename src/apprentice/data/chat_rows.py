@@ -9,8 +9,8 @@ def row(episode: Episode, step: Step, settings: Prompt, rationale: bool = False)
     """One decision of an episode as a row for fine-tuning, in OpenAI's chat form, rendered with these settings.
 
     The answer is what the teacher asked for, whatever exploration made of it; the actions shown as the last ones are
-    those executed. An imported decision is shown as it came, not with these settings. rationale: with what it said
-    before its tool call.
+    those executed. An imported decision is shown as it came, not with these settings; what spells a special token is
+    plain letters. rationale: with what it said before its tool call.
     """
     if isinstance(step.observation, Given):
         shown, has_image = prompt.given(step.observation), step.observation.png is not None
@@ -19,7 +19,7 @@ def row(episode: Episode, step: Step, settings: Prompt, rationale: bool = False)
     # A call written as text (Hermes) stands in the content too, and is not to be said twice.
     words = prompt.said(step.reply.message).split("<tool_call>")[0].strip() if rationale else ""
     return {
-        "messages": [*shown, prompt.answer(step.asked, words or None)],
+        "messages": prompt.plain([*shown, prompt.answer(step.asked, words or None)]),
         "tools": prompt.TOOLS,
         "metadata": {
             "episode_id": episode.id,

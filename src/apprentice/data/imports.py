@@ -2,10 +2,13 @@
 
 A line is {"messages": […]} and may have "metadata" with episode_id, step, seed and model, as the rows of `split` do.
 Every assistant turn is a decision. It is kept with the system prompt and the turn right before it, since that's all a
-student is ever shown. Lines are untrusted: nothing is fetched or unpickled, and sizes are bounded.
+student is ever shown. Pictures stand in their turn, as parts, or beside it: under `images` of the line or of the
+message, where `<image>` in a text or a part without a picture is the place of each (ms-swift, LLaMA-Factory, TRL).
+Lines are untrusted: nothing is fetched or unpickled, and sizes are bounded.
 """
 
 import base64
+import hashlib
 import io
 import json
 import re
@@ -17,7 +20,7 @@ from itertools import groupby
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from apprentice import prompt
 from apprentice.episode import Episode, Given, Reply, Step
@@ -27,12 +30,19 @@ LONGEST_LINE = 32 << 20
 """Bytes; as much as a chat of some hundred large pictures."""
 LARGEST_PICTURE = 4 << 20
 """Pixels; a 2048 × 2048 picture."""
+LONGEST_STRIP = 200
+"""How many times as long as wide a picture may be; Qwen3-VL's processor takes no longer ones."""
 MOST_ACTIONS = 20
 """In one reply; no prompt of ours can allow more."""
 
 _REMEDIES = {
     "not JSON": "write one JSON object a line",
     "no messages": 'give each line "messages" in OpenAI\'s chat form',
+    "conversations (ShareGPT)": 'give each line "messages" in OpenAI\'s chat form',
+    "videos or audios": "a student is shown pictures and text only",
+    "pictures beside the text that do not match their places": "write as many <image> as there are pictures",
+    "a picture's place without the picture": "put the picture there, as a part image_url with a data: URL",
+    "a picture inside the text": "write pictures as parts image_url with a data: URL",
     "longer than 32 MB": "write one decision a line",
     "not valid Unicode": "write the file as UTF-8",
     "a role or content of an unknown kind": "write system, user, assistant and tool turns of text and image_url parts",
@@ -40,11 +50,15 @@ _REMEDIES = {
     "nothing shown before the reply": "put a user turn before each reply",
     "several pictures in a turn": "a student is shown one picture a turn",
     "a picture by address": "nothing is fetched: write pictures as data: URLs",
-    "a broken picture": "write pictures as data:image/png;base64,…",
+    "a broken picture": "write pictures as data:image/png;base64,…, in PNG, JPEG, WEBP or GIF",
     "a picture over 4 megapixels": "make the pictures smaller",
+    "a picture more than 200 times as long as wide": "cut it, or give it a border",
+    "an animated picture": "write the one picture that was shown",
     "the same episode and step again": "give each episode an episode_id of its own",
     "an episode on two seeds": "give each episode an episode_id of its own",
-    "played on a world of the benchmark": "leave out benchmark.seeds: results on worlds already seen would not count",
+    "a seed that is no whole number below 2147483648": "write the world's seed, or null where there is none",
+    "played on a world kept for evaluation": "leave out the seeds of benchmark and rl.evaluation: results on worlds "
+    "already seen would not count",
     "weight 0": "its author asks not to train on it",
 }
 """Why a line or a decision is left out, and what its author can do."""
@@ -128,7 +142,7 @@ class _Turn:
 
     messages: tuple[dict, ...]
     picture: str | None
-    """The data: URL."""
+    """A data: URL, or base64."""
     answer: dict
     model: str
     refused: str = ""
@@ -144,14 +158,12 @@ def _places(path: Path, report: Report, held_out: frozenset[int]) -> Iterator[_P
             row = _row(line)
             episode_id, step, seed = _metadata(row)
             if seed in held_out:
-                raise _Refused("played on a world of the benchmark")
+                raise _Refused("played on a world kept for evaluation")
             key = episode_id or f"line-{number}"
             order, same_seed = first.setdefault(key, (number, seed))
             if seed != same_seed:
                 raise _Refused("an episode on two seeds")
             turns = _turns(row)
-            if not turns:
-                raise _Refused("no assistant turn")
         except _Refused as refused:
             report.lines[str(refused)] += 1
             continue
@@ -191,98 +203,212 @@ def _row(line: bytes) -> dict:
     except (ValueError, RecursionError):
         raise _Refused("not JSON") from None
     messages = row.get("messages") if isinstance(row, dict) else None
+    if messages is None and isinstance(row, dict) and "conversations" in row:
+        raise _Refused("conversations (ShareGPT)")
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         raise _Refused("no messages")
     return row
 
 
 def _metadata(row: dict) -> tuple[str, int | None, int | None]:
-    """(episode_id, step, seed): an empty text and None for what it does not say in a form that can be used."""
+    """(episode_id, step, seed): an empty text and None for what it does not say. Raises _Refused for an odd seed."""
     metadata = row.get("metadata")
-    metadata = metadata if isinstance(metadata, dict) else {}
+    known = row | metadata if isinstance(metadata, dict) else row  # tables have them as columns beside the messages
+    episode_id = known.get("episode_id")
+    episode_id = str(episode_id) if isinstance(episode_id, (str, int, float)) else ""
+    if len(episode_id) > _LONGEST_NAME:
+        digest = hashlib.blake2b(episode_id.encode(), digest_size=8).hexdigest()
+        episode_id = f"{episode_id[:_LONGEST_NAME]}-{digest}"
+    seed, step = _whole(known.get("seed")), _whole(known.get("step"))
+    if seed is not None and not 0 <= seed < 2**31:
+        raise _Refused("a seed that is no whole number below 2147483648")
+    return episode_id, step if step is not None and 0 <= step < 10**9 else None, seed
 
-    def number(name: str, limit: int) -> int | None:
-        value = metadata.get(name)
-        return value if type(value) is int and 0 <= value < limit else None
 
-    episode_id = metadata.get("episode_id")
-    episode_id = str(episode_id) if isinstance(episode_id, (str, int)) else ""
-    return episode_id[:200], number("step", 10**9), number("seed", 2**31)
+_LONGEST_NAME = 180
+
+
+def _whole(value: object) -> int | None:
+    """A whole number, as a number or in a text; a table that lacks some has floats. None is missing, -1 is none."""
+    if value is None or value == "" or value != value:
+        return None
+    try:
+        number = float(value) if isinstance(value, (int, float, str)) and not isinstance(value, bool) else -1.0
+    except (ValueError, OverflowError):
+        return -1
+    if number != number:
+        return None
+    return int(number) if number.is_integer() else -1
 
 
 def _turns(row: dict) -> list[_Turn]:
-    """The decisions of a line. Raises _Refused if the chat itself is of a kind that we don't know."""
+    """The decisions of a line, at least one. Raises _Refused where the line as a whole cannot be used."""
     metadata = row.get("metadata")
-    model = metadata.get("model") if isinstance(metadata, dict) else None
-    found, system, shown = [], [], []
-    for message in row["messages"]:
-        role, content = message.get("role"), message.get("content")
+    model = (metadata if isinstance(metadata, dict) else row).get("model")
+    found: list[_Turn] = []
+    system: list[_Content] = []
+    shown: list[_Content] = []
+    for message, content in zip(row["messages"], _contents(row), strict=True):
+        role = message.get("role")
         if role in ("system", "developer"):
-            system.append({"role": "system", "content": _text(content)})
-        elif role == "user":
-            shown.append(content)
-        elif role in ("tool", "function"):
-            shown.append([{"type": "text", "text": _text(content)}])
+            system.append(content)
         elif role == "assistant":
-            content = prompt.said(message) if isinstance(content, list) else content
-            answer = {"role": "assistant", "content": content, "tool_calls": message.get("tool_calls")}
+            said = None if message.get("content") is None else prompt.said(message)
+            answer = {"role": "assistant", "content": said, "tool_calls": message.get("tool_calls")}
             turn = _Turn((), None, answer, model[:100] if isinstance(model, str) else "")
             try:
-                if message.get("weight") == 0:
+                if 0 in (message.get("weight"), message.get("loss")):  # of OpenAI, of ms-swift
                     raise _Refused("weight 0")
-                content, picture = _content(shown)
-                user = {"role": "user", "content": content}
-                found.append(replace(turn, messages=(*system, user), picture=picture))
+                before = [{"role": "system", "content": _system(system)}] if system else []
+                user, picture = _user(shown)
+                messages = (*before, {"role": "user", "content": user})
+                found.append(replace(turn, messages=messages, picture=picture))
             except _Refused as refused:
                 found.append(replace(turn, refused=str(refused)))
             shown = []
         else:
-            raise _Refused("a role or content of an unknown kind")
+            shown.append(content)
+    if not found:
+        unknown = any(content.refused == _UNKNOWN for content in shown)
+        raise _Refused(_UNKNOWN if unknown else "no assistant turn")
     return found
 
 
-def _content(shown: list) -> tuple[str | list[dict], str | None]:
-    """What a user's turn says, with {"type": "image"} for the picture, and the picture's URL."""
+@dataclass(frozen=True)
+class _Picture:
+    """A picture as it stands in the file."""
+
+    value: object = None
+    """None: only its place stands there."""
+
+
+@dataclass(frozen=True)
+class _Content:
+    """What a message says, text and pictures in order."""
+
+    pieces: tuple[str | _Picture, ...] = ()
+    is_text: bool = False
+    """It was a text, and not a list of parts."""
+    refused: str = ""
+
+    @property
+    def places(self) -> int:
+        return self.pieces.count(_Picture())
+
+    def with_pictures(self, pictures: Iterator[_Picture]) -> "_Content":
+        """With the next of these in each place."""
+        return replace(self, pieces=tuple(next(pictures) if piece == _Picture() else piece for piece in self.pieces))
+
+
+_UNKNOWN = "a role or content of an unknown kind"
+_NO_PLACE = "pictures beside the text that do not match their places"
+_PLACE = re.compile(r"<image>|<\|vision_start\|><\|image_pad\|><\|vision_end\|>")
+_INSIDE = re.compile(r"!\[[^\]\n]*\]\(|<img[\s>]|data:image/[^;,\s]{0,40};base64,")
+_VALUES = ("image_url", "image", "source", "url", "data")
+
+
+def _contents(row: dict) -> list[_Content]:
+    """What each message of a line says, with the pictures that stand beside the text in their places.
+
+    Those of a message are its own, those of the line are all turns'; where there's no place at all, the turn (of the
+    line: the user's first) begins with them.
+    """
+    if any(row.get(key) for key in ("videos", "video", "audios", "audio")):
+        raise _Refused("videos or audios")
+    messages, beside = row["messages"], _beside(row)
+    found = [_content(message) for message in messages]
+    if not beside:
+        return found
+    places = sum(content.places for content in found)
+    first = next((index for index, message in enumerate(messages) if message.get("role") == "user"), None)
+    if not places and first is not None:
+        found[first] = replace(found[first], pieces=(*beside, *found[first].pieces))
+    elif places != len(beside):
+        raise _Refused(_NO_PLACE)
+    pictures = iter(beside)
+    return [content.with_pictures(pictures) for content in found]
+
+
+def _beside(holder: dict) -> list[_Picture]:
+    """The pictures under `images` or `image` of a line or a message."""
+    found = [holder.get("images"), holder.get("image")]
+    return [_Picture(one) for value in found for one in (value if isinstance(value, list) else [value]) if one]
+
+
+def _content(message: dict) -> _Content:
+    content, beside = message.get("content"), _beside(message)
+    if message.get("role") not in ("system", "developer", "user", "tool", "function"):
+        return _Content(refused="" if message.get("role") == "assistant" else _UNKNOWN)
+    if not isinstance(content, (str, list)):
+        return _Content(refused=_UNKNOWN)
+    try:
+        pieces = tuple(
+            piece for part in ([content] if isinstance(content, str) else content) for piece in _pieces(part)
+        )
+    except _Refused as refused:
+        return _Content(refused=str(refused))
+    found = _Content(pieces, isinstance(content, str))
+    if beside and not found.places:
+        return replace(found, pieces=(*beside, *pieces))
+    if beside and found.places != len(beside):
+        return _Content(refused=_NO_PLACE)
+    return found.with_pictures(iter(beside)) if beside else found
+
+
+def _pieces(part: object) -> list[str | _Picture]:
+    """A part of a message's content, a text with the places in it. Raises _Refused on one of an unknown kind."""
+    if isinstance(part, dict) and part.get("type") in ("image_url", "input_image", "image"):
+        return [_Picture(next((part[name] for name in _VALUES if part.get(name) is not None), None))]
+    if isinstance(part, dict) and part.get("type") in ("text", "input_text", "output_text"):
+        part = part.get("text")
+    if not isinstance(part, str):
+        raise _Refused(_UNKNOWN)
+    if _INSIDE.search(part):
+        raise _Refused("a picture inside the text")
+    if "<video>" in part or "<audio>" in part:
+        raise _Refused("videos or audios")
+    between = _PLACE.split(part)
+    pieces = [piece for text in between for piece in (_Picture(), text)][1:]
+    return [piece for piece in pieces if piece] if len(between) > 1 else [part]
+
+
+def _system(contents: list[_Content]) -> str:
+    """The system prompt: all that was said in this role until then, since the chat template shows but one turn."""
+    pieces = [piece for content in contents for piece in content.pieces]
+    if any(content.refused for content in contents) or not all(isinstance(piece, str) for piece in pieces):
+        raise _Refused(next((content.refused for content in contents if content.refused), _UNKNOWN))
+    return "\n".join("".join(map(str, content.pieces)) for content in contents)
+
+
+def _user(shown: list[_Content]) -> tuple[str | list[dict], str | None]:
+    """What a user's turn says, with {"type": "image"} for the picture, and the picture: a data: URL, or base64."""
     if not shown:
         raise _Refused("nothing shown before the reply")
-    if len(shown) == 1 and isinstance(shown[0], str):
-        return shown[0], None
-    parts, pictures = [], []
     for content in shown:
-        for part in _parts(content):
-            if part["type"] == "text":
-                parts.append({"type": "text", "text": part["text"]})
-                continue
-            url = part["image_url"]
-            url = url.get("url") if isinstance(url, dict) else url
-            if not isinstance(url, str):
-                raise _Refused("a broken picture")
-            if not url.startswith("data:"):
-                raise _Refused("a picture by address")
-            pictures.append(url)
-            parts.append({"type": "image"})
+        if content.refused:
+            raise _Refused(content.refused)
+    pieces = [piece for content in shown for piece in content.pieces]
+    pictures = [_address(piece.value) for piece in pieces if isinstance(piece, _Picture)]
     if len(pictures) > 1:
         raise _Refused("several pictures in a turn")
+    if len(shown) == 1 and shown[0].is_text and not pictures:
+        return "".join(map(str, pieces)), None
+    parts = [{"type": "text", "text": piece} if isinstance(piece, str) else {"type": "image"} for piece in pieces]
     return parts, pictures[0] if pictures else None
 
 
-def _parts(content: object) -> list[dict]:
-    """Content as a list of text and image_url parts."""
-    if isinstance(content, str):
-        return [{"type": "text", "text": content}]
-    if isinstance(content, list) and all(isinstance(part, dict) for part in content):
-        text = [part.get("type") == "text" and isinstance(part.get("text"), str) for part in content]
-        picture = [part.get("type") == "image_url" and "image_url" in part for part in content]
-        if all(one or other for one, other in zip(text, picture, strict=True)):
-            return content
-    raise _Refused("a role or content of an unknown kind")
-
-
-def _text(content: object) -> str:
-    parts = _parts(content)
-    if any(part["type"] != "text" for part in parts):
-        raise _Refused("a role or content of an unknown kind")
-    return "".join(part["text"] for part in parts)
+def _address(value: object) -> str:
+    """A picture as a data: URL, or in base64. Raises _Refused on a place without one, and on an address."""
+    if value is None:
+        raise _Refused("a picture's place without the picture")
+    if isinstance(value, dict):
+        held = [value.get(name) for name in ("url", "bytes", "data", "path")]
+        value = next((one for one in held if one is not None), None)
+    if not isinstance(value, str):
+        raise _Refused("a broken picture")
+    if not value[:5].lower() == "data:" and not re.fullmatch(r"[A-Za-z0-9+/=\s]+", value[:100]):
+        raise _Refused("a picture by address")
+    return value
 
 
 def _step(turn: _Turn, step: int, name: str, report: Report) -> Step:
@@ -307,21 +433,44 @@ def _step(turn: _Turn, step: int, name: str, report: Report) -> Step:
     )
 
 
-def _png(url: str) -> bytes:
-    """The picture of a data: URL, encoded anew, so that what comes after reads only PNG files of our own making."""
+def _png(picture: str) -> bytes:
+    """The picture of a data: URL, or of base64, encoded anew, so that what comes after reads only PNGs of our making.
+
+    As it is looked at: turned as its EXIF data say, transparent parts on white (as Qwen's own tools have it), 16 bits
+    of grey as 8.
+    """
     try:
-        data = base64.b64decode("".join(url.partition(",")[2].split()), validate=True)
+        encoded = picture.partition(",")[2] if picture[:5].lower() == "data:" else picture
+        data = base64.b64decode("".join(encoded.split()), validate=True)
         # Pillow reads dozens of formats; the fewer decoders meet a stranger's bytes, the better.
         with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP", "GIF")) as image:
             if image.width * image.height > LARGEST_PICTURE:
                 raise _Refused("a picture over 4 megapixels")
-            return png.encode(np.asarray(image.convert("RGB")))
+            if max(image.size) > LONGEST_STRIP * min(image.size):
+                raise _Refused("a picture more than 200 times as long as wide")
+            # An MPO is a photograph with further ones for the camera's own use.
+            if getattr(image, "is_animated", False) and image.format != "MPO":
+                raise _Refused("an animated picture")
+            return png.encode(np.asarray(_as_seen(image)))
     except _Refused:
         raise
     except Image.DecompressionBombError:
         raise _Refused("a picture over 4 megapixels") from None
     except Exception:  # Pillow's decoders raise whatever they come upon
         raise _Refused("a broken picture") from None
+
+
+def _as_seen(image: Image.Image) -> Image.Image:
+    """8 bits of red, green and blue, the right way up."""
+    upright = ImageOps.exif_transpose(image)
+    if upright.mode.startswith("I"):
+        grey = np.asarray(upright)
+        see_through = grey == upright.info.get("transparency", -1)
+        upright = Image.fromarray(np.where(see_through, 255, grey >> 8).astype(np.uint8))
+    elif upright.has_transparency_data:
+        upright = upright.convert("RGBA")
+        upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright)
+    return upright.convert("RGB")
 
 
 def _why_nothing(report: Report) -> str:

@@ -5,6 +5,8 @@ Nothing in it names a time, a machine or a path outside: the same training gives
 
 import io
 import json
+import re
+from collections import Counter
 from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
@@ -12,7 +14,8 @@ from typing import TYPE_CHECKING
 
 from ruamel.yaml import YAML
 
-from apprentice.params import HubStudent, TinyStudent
+from apprentice.errors import ConfigError
+from apprentice.params import HubStudent, Lora, TinyStudent
 
 if TYPE_CHECKING:
     from transformers import Qwen3VLProcessor
@@ -21,6 +24,50 @@ if TYPE_CHECKING:
 BASE = Path("models/base")
 CARD = "README.md"
 TAGS = ["apprentice", "crafter", "agent", "tool-use"]
+
+
+def check_targets(base: Path, lora: Lora, key: str) -> None:
+    """Raise ConfigError if a layer of the base model that `lora.target_modules` names cannot be adapted.
+
+    Known by the model's configuration alone, before anything is trained. key: of the section lora, for the message.
+    """
+    named = lora.target_modules
+    if named == "all-linear":
+        return
+
+    import torch
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(base))
+    layers = {name: layer for name, layer in model.named_modules() if lora.vision or "visual" not in name}
+    holders = Counter(id(layer.weight) for layer in model.modules() if hasattr(layer, "weight"))
+    linear = {name.rpartition(".")[2] for name, layer in layers.items() if isinstance(layer, torch.nn.Linear)}
+    for target in (named,) if isinstance(named, str) else named:
+        pattern = target if isinstance(named, str) else rf"(.*\.)?{re.escape(target)}"  # as PEFT takes them
+        try:
+            found = [name for name in layers if re.fullmatch(pattern, name)]
+        except re.error as error:
+            raise ConfigError(f"{key}.target_modules: {target!r} is no regular expression: {error}") from None
+        if not found:
+            hint = f"; a text is a pattern for whole names, so write [{target}] for a layer's name" * (target is named)
+            raise ConfigError(
+                f"{key}.target_modules: no layer is called {target!r}; linear ones are "
+                f"{', '.join(sorted(linear - {'lm_head'}))}, and all-linear is every one of them{hint}"
+            )
+        for name in found:
+            layer, why = layers[name], ""
+            if layer is model.get_output_embeddings():
+                why = "scores the words, and is not adapted in play"
+            elif not isinstance(layer, torch.nn.Linear):
+                why = f"is no linear layer but a {type(layer).__name__}, and would be played as it was"
+            elif holders[id(layer.weight)] > 1:
+                why = "has its weights in common with another layer, which would not be adapted"
+            if why:
+                raise ConfigError(
+                    f"{key}.target_modules: {target!r} names {name}, which {why}; name linear layers, as "
+                    "[q_proj, v_proj], or write all-linear"
+                )
 
 
 def complete(

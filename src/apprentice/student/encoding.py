@@ -48,11 +48,28 @@ class Encoded:
 
 
 def length(processor: "Qwen3VLProcessor", messages: list[dict]) -> int:
-    """How many tokens `encode` would give for an answered chat; its pictures are opened only to see their size."""
+    """How many tokens `encode` would give for an answered chat; its pictures are opened only to see their size.
+
+    Raises ValueError where `encode` would, but for a picture whose pixels cannot be decoded.
+    """
+    return lengths(processor, messages)[0]
+
+
+def lengths(processor: "Qwen3VLProcessor", messages: list[dict]) -> tuple[int, int]:
+    """`length`, and how many of these tokens are the answer's."""
     images, sizes = processor.image_processor, [png.size(data) for data in _pngs(messages)]
     patches = sum(images.get_number_of_image_patches(height, width) for width, height in sizes)
-    words = len(_ids(processor.tokenizer, ["".join(_rendered(processor, messages))])[0])
-    return words - len(sizes) + patches // images.merge_size**2
+    before, answer = _rendered(processor, messages)
+    ids = _ids(processor.tokenizer, [before + answer])[0]
+    _count_pictures(processor, ids, len(sizes))
+    said = len(_kept_ids(processor.tokenizer, answer)) if answer else 0
+    return len(ids) - len(sizes) + patches // images.merge_size**2, said
+
+
+def _count_pictures(processor: "Qwen3VLProcessor", ids: list[int], pictures: int) -> None:
+    """Raise ValueError unless a chat has as many pictures as places for them."""
+    if (places := ids.count(processor.image_token_id)) != pictures:
+        raise ValueError(f"the chat has {pictures} pictures and {places} places for them in its user's turns")
 
 
 def _ids(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> list[list[int]]:
@@ -78,6 +95,7 @@ def _rendered(processor: "Qwen3VLProcessor", chat: list[dict]) -> tuple[str, str
     Of a chat's words only the last of its user's change from one decision to the next, and the template copies those as
     they are: chats that differ in nothing else are rendered once.
     """
+    chat = prompt.plain(chat)
     turn = next((place for place in reversed(range(len(chat))) if chat[place]["role"] == "user"), None)
     content = chat[turn]["content"] if turn is not None else None
     words = [part["text"] for part in content if part["type"] == "text"] if isinstance(content, list) else []
@@ -117,25 +135,29 @@ def encode_all(
     """Token ids and pixels of chats with the tool `act`; the one way to them for training, playing and RL.
 
     If a chat's last message is the assistant's, its text becomes the answer. images: each chat's pictures, where they
-    are at hand decoded; otherwise they are decoded from the messages.
+    are at hand decoded; otherwise they are decoded from the messages. Raises ValueError for a chat whose pictures are
+    not as many as the places for them, or have more than 200 times the length of their other side.
     """
     images = [pictures(chat) for chat in chats] if images is None else images
     rendered = [_rendered(processor, chat) for chat in chats]
     asked = _ids(processor.tokenizer, [before for before, _ in rendered])
     answers = [list(_kept_ids(processor.tokenizer, answer)) if answer else [] for _, answer in rendered]
+    for ids, of_chat in zip(asked, images, strict=True):
+        _count_pictures(processor, ids, len(of_chat))
     seen = [image for of_chat in images for image in of_chat]
     if not seen:
         return [Encoded(ids, answer, None, None) for ids, answer in zip(asked, answers, strict=True)]
-    vision = processor.image_processor(images=seen, return_tensors="pt")
+    # Said, because it would be guessed: a picture 1 or 3 pixels high would be taken for one of 1 or 3 channels.
+    vision = processor.image_processor(images=seen, return_tensors="pt", input_data_format="channels_last")
     grids, patches = vision["image_grid_thw"], vision["image_grid_thw"].prod(dim=1).tolist()
     pixels = vision["pixel_values"].split(patches)
     found, first = [], 0
     for ids, answer, of_chat in zip(asked, answers, images, strict=True):
         mine = slice(first, first := first + len(of_chat))
-        tokens = iter(count // processor.image_processor.merge_size**2 for count in patches[mine])
+        tokens = [count // processor.image_processor.merge_size**2 for count in patches[mine]]
         expanded = []
         for token in ids:
-            expanded += [token] * next(tokens) if token == processor.image_token_id else [token]
+            expanded += [token] * tokens.pop(0) if token == processor.image_token_id else [token]
         shown = (torch.cat(pixels[mine]), grids[mine]) if of_chat else (None, None)
         found.append(Encoded(expanded, answer, *shown))
     return found

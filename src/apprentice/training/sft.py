@@ -4,6 +4,7 @@ import torch
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
 
+from apprentice.errors import WorkError
 from apprentice.student import tower
 from apprentice.student.narrowing import narrow
 
@@ -20,10 +21,25 @@ class SftTrainer(SFTTrainer):
         narrow(base)
         tower.prepare(base)
 
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        batches, tokens = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if len(batches) < num_batches:  # else training would end here, as if it were done
+            raise WorkError(
+                f"sft: the training rows ended within step {self.state.global_step + 1} of {self.state.max_steps}; "
+                "make data/sft anew: dvc repro -f -s split"
+            )
+        return batches, tokens
+
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
         self._evaluated: list[torch.Tensor] = []
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        loss, right, tokens = torch.cat(self._evaluated).sum(dim=0).tolist()
+        rows = torch.cat(self._evaluated)
+        if len(rows) < output.num_samples:
+            raise WorkError(
+                f"sft: only {len(rows)} of {output.num_samples} validation rows were seen; make data/sft anew: "
+                "dvc repro -f -s split"
+            )
+        loss, right, tokens = rows.sum(dim=0).tolist()
         output.metrics[f"{metric_key_prefix}_loss"] = loss / tokens
         output.metrics[f"{metric_key_prefix}_mean_token_accuracy"] = right / tokens
         return output

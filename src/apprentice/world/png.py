@@ -28,7 +28,9 @@ def encode(image: np.ndarray, level: int = 4) -> bytes:
 
 
 def size(data: bytes) -> tuple[int, int]:
-    """(width, height) of a PNG, read from its first 24 bytes."""
+    """(width, height) of a PNG, read from its first 24 bytes. Raises ValueError on anything else."""
+    if len(data) < 24 or not data.startswith(b"\x89PNG\r\n\x1a\n"):
+        raise ValueError("a picture that is no PNG")
     return struct.unpack(">II", data[16:24])
 
 
