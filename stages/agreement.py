@@ -7,7 +7,10 @@ teacher did, and what the student answers at temperature 0; of several actions t
 process, one on each GPU. A stage of its own, so that only another student or other data makes it run again.
 """
 
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))  # this checkout's, whatever is installed
 
 from apprentice import params
 from apprentice.stage import run, write_plot

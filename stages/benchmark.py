@@ -7,8 +7,11 @@ rules, is in params.yaml under `benchmark`; benchmark_student.py is the same for
 as they end, and replies that are paid for as they come, so that a killed run continues and more seeds only add.
 """
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))  # this checkout's, whatever is installed
 
 from apprentice import params
 from apprentice.errors import ConfigError

@@ -6,8 +6,11 @@ data/benchmark/<name>.parquet has its episodes, metrics/benchmark/<name>.json wh
 params.yaml under `benchmark.students`. It plays on vLLM or in this process, as compute.yaml says.
 """
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))  # this checkout's, whatever is installed
 
 from apprentice import params
 from apprentice.errors import ConfigError

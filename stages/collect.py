@@ -7,11 +7,14 @@ Episodes go to the ledger as they end, and a paid teacher's replies as they come
 more seeds only add.
 """
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))  # this checkout's, whatever is installed
 
 from apprentice import params
 from apprentice.errors import ConfigError

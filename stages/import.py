@@ -6,7 +6,10 @@ What can't be used is counted, with the reason, in metrics/imports/NAME.json. Wh
 metrics/cost/NAME.json says null, where a teacher's has dollars.
 """
 
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))  # this checkout's, whatever is installed
 
 from apprentice import params
 from apprentice.errors import ConfigError, WorkError

@@ -6,7 +6,10 @@ The page is a function of what's in metrics/ and data/. How long stages took is 
 as an out of its own, metrics/times/<stage>.json. `apprentice report` builds the page with other worlds to replay.
 """
 
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))  # this checkout's, whatever is installed
 
 from apprentice import params
 from apprentice.stage import run

@@ -8,10 +8,13 @@ lie in the user's cache, one for each iteration, and finished episodes in the le
 """
 
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))  # this checkout's, whatever is installed
 
 from apprentice import params
 from apprentice.errors import OutOfBounds

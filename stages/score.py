@@ -6,7 +6,10 @@ metrics/benchmark.json has a row for each agent, metrics/statistics.json the 95 
 the figures can't support, metrics/differences.json every pair of agents on the worlds both have played.
 """
 
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))  # this checkout's, whatever is installed
 
 from apprentice import params
 from apprentice.stage import run, write_metrics, write_plot

@@ -8,8 +8,11 @@ edit of the checks in params.py reruns nothing else. They read params.yaml itsel
 """
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))  # this checkout's, whatever is installed
 
 from apprentice import params
 from apprentice.files import replacing

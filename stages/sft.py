@@ -6,8 +6,11 @@ The loss is on the answers only. Evaluated every `eval_steps`, the adapter with 
 Checkpoints lie in the user's cache, named by everything that shapes them: a killed run continues.
 """
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))  # this checkout's, whatever is installed
 
 from apprentice import params
 from apprentice.errors import WorkError

@@ -3,8 +3,11 @@
 dvc repro split        or: python stages/split.py
 """
 
+import sys
 from collections import Counter, defaultdict
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))  # this checkout's, whatever is installed
 
 from apprentice import params
 from apprentice.errors import WorkError

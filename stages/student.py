@@ -6,7 +6,10 @@ To this pipeline the tiny student is what a hub model is: it sees, it answers in
 """
 
 import shutil
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))  # this checkout's, whatever is installed
 
 from apprentice import params
 from apprentice.errors import WorkError

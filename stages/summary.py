@@ -5,7 +5,10 @@ dvc repro summary        or: python stages/summary.py
 
 import csv
 import json
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))  # this checkout's, whatever is installed
 
 from apprentice.stage import run, write_metrics
 

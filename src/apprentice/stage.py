@@ -44,7 +44,10 @@ def run(main: Callable[..., None], timed: bool = True) -> None:
 def _elsewhere() -> None:
     stage, *arguments = Path(sys.argv[0]).stem, *sys.argv[1:]
     if compute.runs_elsewhere(stage) and "--help" not in arguments:
-        # As a program: what decides where a stage runs is no part of the stage, and no dependency of it.
+        # As a program: what decides where a stage runs is no part of the stage, and no dependency of it. It is this
+        # checkout's, as the stage is.
+        paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+        os.environ["PYTHONPATH"] = os.pathsep.join(paths)
         os.execv(sys.executable, [sys.executable, "-m", "apprentice.cli", "launch", stage, *arguments])
 
 
