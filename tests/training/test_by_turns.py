@@ -3,25 +3,16 @@
 GPUs are pretended; a server is a program that answers like vLLM, with the tiny student behind it.
 """
 
-import json
 import os
-import shutil
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import stand_in
 import torch
-from ruamel.yaml import YAML
-from small import SMALL, checkout, environment, started, wait_for
 
-from apprentice import gpus
 from apprentice.compute import Vllm
-from apprentice.errors import WorkError
-from apprentice.serving.vllm import Adapter, Plan, Server, Servers
+from apprentice.serving.vllm import Plan, Server, Servers
 from apprentice.training import devices
 
 
