@@ -150,7 +150,7 @@ def _spoken(text: str) -> str:
     return spoken if thinking else spoken + text[at:]
 
 
-def plain(message: dict) -> dict:
+def in_openai_form(message: dict) -> dict:
     """An assistant's message in OpenAI's own form, whatever form it came in; `parse` reads the same in both.
 
     Where there is a call and nothing is said beside it, what the endpoint gives as its reasoning stands there.

@@ -43,7 +43,7 @@ class Completion:
     """An answer, as it came."""
 
     message: dict
-    """The assistant's message as it came, which `prompt.plain` reads; without content if there was none."""
+    """The assistant's message as it came, which `prompt.in_openai_form` reads; without content if there was none."""
     finish_reason: str
     """The endpoint's word: stop, length, tool_calls, content_filter; ours: refusal, or empty if nothing came."""
     model: str

@@ -57,7 +57,7 @@ class _ChatPlayer:
         self.decision += 1
         total = self.policy.costs[self.seed]
         self.policy.costs[self.seed] = None if cost is None or total is None else total + cost
-        return replace(reply, message=prompt.plain(reply.message))
+        return replace(reply, message=prompt.in_openai_form(reply.message))
 
     async def _reply(self, messages: list[dict], shown: str) -> tuple[Reply, float | None]:
         policy = self.policy
