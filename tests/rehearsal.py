@@ -27,7 +27,7 @@ QWEN = {
     "benchmark.seeds": "200000-200003",
     "benchmark.max_steps": 4,
     "benchmark.bootstrap_samples": 100,
-    "profiles.qwen2b.sampling.max_tokens": 8,
+    "profiles.qwen2b.sampling.max_tokens": 32,
     "profiles.qwen2b.sft.batch_size": 8,
     "profiles.qwen2b.sft.micro_batch_size": 2,
     "profiles.qwen2b.sft.epochs": 1,
