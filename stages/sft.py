@@ -2,7 +2,7 @@
 
     dvc repro sft        or: python stages/sft.py
 
-The loss is on the answers only. Evaluated every `eval_steps`, the adapter with the lowest validation loss is kept.
+The loss is on the answers only. Validated every `eval_steps`, the adapter with the lowest validation loss is kept.
 Checkpoints lie in the user's cache, named by everything that shapes them: a killed run continues.
 """
 
@@ -86,7 +86,7 @@ def train(
     from transformers import EarlyStoppingCallback
 
     from apprentice.student import loading
-    from apprentice.training.checkpoints import Whole, last_checkpoint
+    from apprentice.training.checkpoints import Often, Whole, last_checkpoint
     from apprentice.training.sft import SftTrainer
 
     sft = profile.sft
@@ -102,7 +102,7 @@ def train(
         data_collator=data["train"].collate,
         processing_class=processor,
         peft_config=loading.lora_config(sft.lora),
-        callbacks=[Whole(), *([EarlyStoppingCallback(patience)] if patience else [])],
+        callbacks=[Often(), Whole(), *([EarlyStoppingCallback(patience)] if patience else [])],
     )
     if sft.zero.stage < 3:  # there no rank has a whole weight to fold
         loading.fold(trainer.model)
@@ -139,7 +139,7 @@ def arguments(profile: params.Profile, checkpoints: Path, rows: int, accumulatio
         save_total_limit=2,
         load_best_model_at_end=True,
         metric_for_best_model="eval_loss",
-        logging_steps=min(sft.eval_steps, 25),
+        logging_steps=25 if sft.eval_steps < 1 else min(sft.eval_steps, 25),
         bf16=profile.dtype == "bfloat16",
         use_cpu=not gpus.used(),
         gradient_checkpointing=sft.gradient_checkpointing,
@@ -156,7 +156,7 @@ def arguments(profile: params.Profile, checkpoints: Path, rows: int, accumulatio
 
 
 def examples_of(name: str, survey: str, processor: "Qwen3VLProcessor", profile: params.Profile) -> "Rows":
-    """The rows of a file that fit, in the order of training; of validation, like lengths together."""
+    """The rows of a file that fit, in the order of training; of validation some, like lengths together."""
     import numpy as np
 
     from apprentice.data import dataset
@@ -164,6 +164,8 @@ def examples_of(name: str, survey: str, processor: "Qwen3VLProcessor", profile: 
 
     known, sft = examples.survey(DATA[name], BASE, survey), profile.sft
     chosen = np.flatnonzero(fitting(known, profile))
+    if name == "val" and sft.eval_rows and sft.eval_rows < len(chosen):
+        chosen = chosen[np.linspace(0, len(chosen) - 1, sft.eval_rows).round().astype(int)]
     lengths = known.lengths[chosen]
     if name == "train":
         order = dataset.order(lengths, sft.batch_size, sft.epochs, sft.random_seed)

@@ -325,13 +325,51 @@ def test_the_key_in_an_error_is_a_key_of_the_file(tmp_path):
         assert "profiles.tiny.sft.lora.target_modules: " in line
 
 
-def test_the_teachers_in_comments_are_ready_to_use(tmp_path):
+def test_what_stands_in_comments_is_ready_to_use(tmp_path):
     lines = (ROOT / "params.yaml").read_text().splitlines()
     path = tmp_path / "params.yaml"
-    path.write_text("\n".join(line.replace("#", "", 1) if line.startswith("#  ") else line for line in lines))
-    teachers = params.load(path).teachers
-    assert list(teachers) == ["expert", "gpt_4o_mini", "qwen3_vl"]
-    assert teachers["qwen3_vl"].endpoint.base_url == "http://localhost:8000/v1"
+    lines = [line[1:] if line.startswith(("#  ", "#judge:")) else line for line in lines]
+    path.write_text("\n".join(line for line in lines if not line.startswith("judge: null")))
+    found = params.load(path)
+    assert list(found.teachers) == ["expert", "gpt_4o_mini", "qwen3_vl"]
+    assert found.teachers["qwen3_vl"].endpoint.base_url == "http://localhost:8000/v1"
+    assert "gpt_4o_mini" in found.benchmark.agents
+    assert found.judge.endpoint.model == "gpt-4o-mini-2024-07-18" and list(found.judge.events) == ["survival"]
+
+
+PLAN = {
+    "sft.epochs": 3, "sft.batch_size": 32, "sft.learning_rate": 5e-5, "sft.warmup_ratio": 0.03,
+    "sft.max_length": 2048, "sft.lora.rank": 16, "sft.lora.alpha": 32, "sft.lora.dropout": 0.05, "sft.zero.stage": 2,
+    "rl.iterations": 20, "rl.max_steps": 50, "rl.kl_coefficient": 0.1, "rl.clip_low": 0.2, "rl.clip_high": 0.2,
+    "rl.learning_rate": 2e-6,
+}  # fmt: skip
+DEPARTS = {"rl.learning_rate"}
+"""Where the profiles depart from the plan, with the reason beside it in params.yaml."""
+
+
+@pytest.mark.parametrize("profile", ["qwen2b", "qwen4b", "qwen8b"])
+def test_the_profiles_of_the_hub_are_the_plans_but_where_a_reason_stands(profile):
+    settings = params.load(ROOT / "params.yaml").profiles[profile]
+    for key, planned in PLAN.items():
+        value = settings
+        for part in key.split("."):
+            value = getattr(value, part)
+        assert (value != planned) == (key in DEPARTS), key
+    assert settings.rl.groups * settings.rl.group_size == 50
+    lines = (ROOT / "params.yaml").read_text().splitlines()
+    rate = lines.index(f"      learning_rate: {settings.rl.learning_rate:.1e}".replace("e-0", "e-"))
+    assert any("The plan has 2e-6" in line for line in lines[rate - 3 : rate])
+
+
+def test_validation_is_a_small_part_of_training_however_many_rows_there_are():
+    """103,000 rows of training and a tenth as many of validation, as a paid teacher's 2,000 episodes make them."""
+    for profile in ("qwen2b", "qwen4b", "qwen8b"):
+        sft = params.load(ROOT / "params.yaml").profiles[profile].sft
+        rows, held_out = 103_000, 11_444
+        steps = rows * sft.epochs // sft.batch_size
+        every = sft.eval_steps if sft.eval_steps >= 1 else steps * sft.eval_steps
+        assert steps / every * min(held_out, sft.eval_rows or held_out) < 0.05 * rows * sft.epochs
+        assert (1 + sft.early_stopping_patience) * every > 0.3 * steps, "it may stop while the rate is near its peak"
 
 
 def test_teachers_may_share_seeds(tmp_path):

@@ -338,9 +338,12 @@ class Sft(Section):
     lr_scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "cosine"
     weight_decay: NonNegativeFloat = 0.0
     max_grad_norm: PositiveFloat = 1.0
-    eval_steps: PositiveInt = 50
+    eval_steps: PositiveInt | Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Optimizer steps from one validation to the next; below 1, a share of the run. The last step is validated too."""
+    eval_rows: PositiveInt | None = 512
+    """The most rows to validate on, drawn evenly from all of them and the same each time; null is all."""
     early_stopping_patience: PositiveInt | None = 3
-    """Evaluations without a better validation loss after which training stops; null trains to the end."""
+    """Validations without a better loss after which training stops; null trains to the end."""
     gradient_checkpointing: bool = False
     """Compute activations again instead of keeping them: less memory, a third more time."""
     zero: Zero = Zero()
@@ -424,13 +427,13 @@ class Rl(Section):
     quantization: Literal["nf4"] | None = None
     """Train on a base held in 4 bits (QLoRA, arXiv 2305.14314). It's played with the whole base, as it's benchmarked;
     importance_sampling corrects for the difference."""
-    learning_rate: PositiveFloat = 2e-6
+    learning_rate: PositiveFloat = 1e-5
     warmup_ratio: Fraction = 0.1
     lr_scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "constant_with_warmup"
     clip_low: PositiveFloat = 0.2
     clip_high: PositiveFloat = 0.2
-    kl_coefficient: NonNegativeFloat = 0.05
-    """Weight of the KL divergence to the SFT policy. With a fifth of it, the form of the tool call drifted (LOG.md)."""
+    kl_coefficient: NonNegativeFloat = 0.1
+    """Weight of the KL divergence to the SFT policy. At 0.01 the form of the tiny student's tool call drifted."""
     entropy_coefficient: float = 0.0
     """Weight of the mean entropy of a token, as a bonus; below 0 it's a price."""
     max_grad_norm: PositiveFloat = 1.0

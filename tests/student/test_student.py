@@ -14,7 +14,7 @@ from apprentice.params import Architecture, Lora, Pretraining, Prompt
 from apprentice.play import Spec, play
 from apprentice.players.scripted import Scripted
 from apprentice.serving import in_process
-from apprentice.student import loading
+from apprentice.student import loading, sizes
 from apprentice.student.encoding import batch, encode, length, pictures
 from apprentice.student.loading import lora_config
 from apprentice.student.tiny import build, tokenizer
@@ -254,6 +254,21 @@ def test_folded_lora_is_the_same_function_with_the_same_gradients():
         torch.testing.assert_close(ours, theirs)
     with model.disable_adapter():
         torch.testing.assert_close(model(x), layer[0].get_base_layer()(x))
+
+
+def test_on_gpus_as_on_a_cpu_only_the_decoder_is_held_in_four_bits(tmp_path, monkeypatch):
+    from bitsandbytes.nn import Linear4bit
+
+    sizes.build(sizes.config("2b", layers=2, width=128)).save_pretrained(tmp_path)
+    sizes.processor(SHOWN).save_pretrained(tmp_path)
+    found = []
+    for used in (False, True):
+        monkeypatch.setattr("apprentice.gpus.used", lambda used=used: used)
+        monkeypatch.setattr("torch.cuda.current_device", lambda: "cpu")
+        model, _ = loading.load(tmp_path, quantization="nf4")
+        found.append({name for name, module in model.named_modules() if isinstance(module, Linear4bit)})
+    assert found[0] == found[1] and found[0]
+    assert all(name.startswith("model.language_model.layers.") for name in found[1])
 
 
 def test_lora_learns_on_a_base_in_four_bits(tiny_folder, episode):

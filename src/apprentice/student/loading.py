@@ -40,7 +40,8 @@ def load(
 ) -> tuple[PreTrainedModel | PeftModel, Qwen3VLProcessor]:
     """A model of Hugging Face's form, with a PEFT adapter if one is given. Returns (model, processor).
 
-    quantization: hold the linear layers' weights in 4 bits, for QLoRA.
+    quantization: hold the linear layers' weights in 4 bits, for QLoRA: the decoder's, not those of the tower, which is
+    small and has to see exactly, nor of the head.
     """
     how: dict[str, Any] = {"dtype": getattr(torch, dtype)}
     if quantization:
@@ -49,8 +50,7 @@ def load(
             bnb_4bit_quant_type=quantization,
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=how["dtype"],
-            # On a CPU widths have to be multiples of 64, which that of the tiny student's tower isn't.
-            llm_int8_skip_modules=None if gpus.used() else ["model.visual", "lm_head"],
+            llm_int8_skip_modules=["model.visual", "lm_head"],
         )
     if not gpus.used():
         keep_freed_memory()
