@@ -74,8 +74,8 @@ def episodes(name: str, weights: Path, benchmark: params.Benchmark, profile: par
         return record(on_vllm.load, args, spec, while_playing=servers)
     places = processes.places(BASE, profile.dtype, -(-len(benchmark.seeds) // spec.together))
     threads = max(1, cores() // len(places))
-    args = (name, adapter, profile.dtype, sampling.temperature, sampling.max_tokens, threads)
-    return record(in_process.load, args, spec, places=places)
+    student = (name, adapter, profile.dtype, sampling.temperature, sampling.max_tokens, threads)
+    return record(in_process.load, student, spec, places=places)
 
 
 if __name__ == "__main__":

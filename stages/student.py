@@ -12,7 +12,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))  # this checkout's, whatever is installed
 
 from apprentice import params
-from apprentice.errors import WorkError
 from apprentice.stage import run, write_metrics
 
 BASE = Path("models/base")
@@ -28,14 +27,10 @@ def main() -> None:
 
 
 def hub(settings: params.Params) -> dict:
-    from huggingface_hub import snapshot_download
+    from apprentice.student.hub import download
 
     student = settings.active.student
-    try:
-        snapshot_download(student.model, revision=student.revision, local_dir=BASE)
-    except OSError as error:  # the hub's own errors are OSErrors
-        raise WorkError(f"student: {student.model} at {student.revision} cannot be downloaded: {error}") from None
-    shutil.rmtree(BASE / ".cache", ignore_errors=True)
+    download(student.model, student.revision, BASE)
     return {"megabytes": sum(file.stat().st_size for file in BASE.rglob("*") if file.is_file()) / 1e6}
 
 

@@ -44,6 +44,14 @@ def test_without_the_file_everything_runs_here(tmp_path):
         ("stages: {sft: {max_hourly_usd: 0}}", "stages.sft.max_hourly_usd: Input should be greater than 0"),
         ("stages: {sft: {managed: true}}", "managed needs transfer: remote"),
         ("stages: {sft: {managed: true, transfer: remote}}", "managed needs checkpoints"),
+        (
+            "stages: {sft: {checkpoints: 's3://b/c', any_of: [{infra: nebius}, {infra: runpod/US}]}}",
+            "RunPod cannot mount the bucket s3://b/c: remove it from any_of, or write checkpoints: null",
+        ),
+        (
+            "stages: {sft: {managed: true, transfer: remote, checkpoints: /a, machine: one}}",
+            "managed jobs have machines of their own",
+        ),
         ("stages: {sft: {checkpoints: here}}", "neither a bucket (s3://bucket/folder) nor a folder"),
         ("stages: {sft: {secrets: [A], environment: {A: b}}}", "A stands under both environment and secrets"),
         ("stages: [", "is not valid YAML"),

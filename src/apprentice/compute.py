@@ -38,6 +38,7 @@ class Candidate(Section):
     """A cheaper machine that may be taken away; not on Slurm."""
     instance_type: str | None = None
     image_id: str | None = None
+    """A machine image, or a container (docker:name) where the place runs those."""
 
 
 class Stage(Section):
@@ -57,8 +58,12 @@ class Stage(Section):
     """GB; null leaves it to SkyPilot."""
     teardown: bool = True
     """Take the machine down when the outputs are here; otherwise it waits for autostop_minutes, ready for a rerun."""
+    machine: Annotated[str, Field(pattern=r"^[a-z0-9]{1,20}$")] | None = None
+    """Stages that have the same word here share a machine, one after the other. It's taken down after autostop_minutes
+    without work, whatever teardown says. Null is a machine for each."""
     autostop_minutes: PositiveInt = 60
-    """A machine without work for so long is taken down by itself: also when nobody fetches its outputs."""
+    """A machine without work for so long is taken down by itself: also when nobody has fetched what it made. Then that
+    is lost, except for what transfer: remote or checkpoints have brought to safety."""
     environment: dict[Variable, str | None] = Field(default_factory=dict)
     """Variables for the stage; null takes the value they have here."""
     secrets: Annotated[tuple[Variable, ...], Field(strict=False)] = ()
@@ -66,14 +71,19 @@ class Stage(Section):
     max_hourly_usd: PositiveFloat | None = None
     """A machine that costs more an hour is not started."""
     max_total_usd: PositiveFloat | None = None
-    """What all tries at the same work may cost together; a run stops when it would pass them, and can be continued."""
+    """What all tries at the same work may cost together. A run that would pass it is stopped, and its checkpoints are
+    brought here or to `checkpoints`: raised, it goes on from the last."""
     lock: Annotated[str, Field(min_length=1)] = "requirements-gpu.lock"
     """The pinned packages of the machine."""
     transfer: Literal["rsync", "remote"] = "rsync"
     """How inputs and outputs travel: between here and there, or through DVC's default remote."""
+    download_base: bool = True
+    """The machine downloads a hub's student itself; false sends models/base, where the machine can't reach the hub."""
     checkpoints: str | None = None
-    """Where training is kept for a rerun: a bucket (s3://bucket/folder), a folder that all machines share
-    (/shared/folder), or null: the machine's own disk, gone when it is."""
+    """Where checkpoints and played episodes are kept for a rerun as they come, a file for each whole checkpoint: a
+    bucket (s3://bucket/folder; not on RunPod, which cannot mount one), a folder that all machines share
+    (/shared/folder), or null: on the machine's own disk, from where they are brought here when the stage has ended
+    otherwise than well. Null loses them when the machine is taken away."""
     dirty: bool = False
     """Send what is in no commit, too; otherwise that's an error."""
     managed: bool = False
@@ -101,6 +111,14 @@ class Stage(Section):
             )
         if self.managed and self.checkpoints is None:
             raise ValueError("managed needs checkpoints, or a recovered job would begin anew")
+        if self.managed and self.machine:
+            raise ValueError("managed jobs have machines of their own: remove machine, or managed")
+        runpod = any(candidate.infra.lower().startswith("runpod") for candidate in self.any_of or ())
+        if runpod and "://" in (self.checkpoints or ""):
+            raise ValueError(
+                f"RunPod cannot mount the bucket {self.checkpoints}: remove it from any_of, or write checkpoints: "
+                "null, which brings them here when the stage ends"
+            )
         for candidate in self.any_of or ():
             if candidate.use_spot and candidate.infra.startswith("slurm"):
                 raise ValueError("any_of: Slurm has no spot machines; remove use_spot there")

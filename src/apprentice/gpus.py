@@ -5,6 +5,8 @@ they were, and everything is computed on the processor.
 """
 
 import os
+import shutil
+import subprocess
 
 from apprentice.errors import WorkError
 
@@ -34,10 +36,44 @@ def used() -> bool:
     if not torch.cuda.is_available() and torch.cuda.device_count():
         raise WorkError(
             f"there are {torch.cuda.device_count()} GPUs, and torch {torch.__version__} cannot use them: most likely "
-            f"the driver is older than CUDA {torch.version.cuda}. Take a machine with a newer driver, or hide the GPUs "
-            "by CUDA_VISIBLE_DEVICES= to compute on the processor"
+            f"the driver ({_driver()}) is older than CUDA {torch.version.cuda}. Take a machine with a newer driver, or "
+            "hide the GPUs by CUDA_VISIBLE_DEVICES= to compute on the processor"
         )
     return torch.cuda.is_available()
+
+
+def check(wanted: int = 0) -> int:
+    """How many GPUs this process may use, each tried; begins CUDA.
+
+    Raises WorkError where one does not work, or where there are fewer than wanted.
+    """
+    here = names()
+    if len(here) < wanted:
+        import torch
+
+        raise WorkError(
+            f"{wanted} GPUs were asked for, and torch {torch.__version__} (CUDA {torch.version.cuda}) finds "
+            f"{len(here)} (driver: {_driver()}). Take a machine with a driver for this CUDA, or a torch built for CUDA"
+        )
+    if used():
+        import torch
+
+        for number, name in enumerate(here):
+            try:
+                torch.zeros(1, device=f"cuda:{number}").item()
+            except RuntimeError as error:
+                reason = str(error).splitlines()[0]
+                raise WorkError(f"GPU {name} does not work ({reason}; driver: {_driver()}). Take another") from None
+    return len(here)
+
+
+def _driver() -> str:
+    """The version of NVIDIA's driver, as nvidia-smi says it."""
+    if not shutil.which("nvidia-smi"):
+        return "no nvidia-smi here"
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    return (done.stdout if done.returncode == 0 else done.stdout + done.stderr).strip().splitlines()[0]
 
 
 def rehearsed() -> bool:

@@ -3,7 +3,6 @@
 import fcntl
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +11,8 @@ from pathlib import Path
 
 import jsonschema
 import pytest
+from checkouts import SETTINGS
+from checkouts import checkout as made
 from ruamel.yaml import YAML
 from typer.testing import CliRunner
 
@@ -32,12 +33,6 @@ PLACES = {
     "anywhere": {"max_hourly_usd": 9.5, "environment": {"WANDB_MODE": "offline"}, "secrets": ["HF_TOKEN"]},
     "managed": {"managed": True, "transfer": "remote", "checkpoints": "s3://bucket/here", "memory": "64+"},
     "shared": {"checkpoints": "/shared/apprentice", "autostop_minutes": 5, "teardown": False},
-}
-SETTINGS = {f"data/settings/student/{name}.json" for name in ("dtype", "sft", "student")}
-"""What sft depends on of the settings stage, whose one output is data/settings."""
-OTHERS = {
-    f"data/settings/{name}.json"
-    for name in ("benchmark/rules", "benchmark/seeds", "student/prompt", "student/sampling")
 }
 DOING = Work("sft", (), "sft", ("models/base",), ("models/sft",), "apprentice-sft-0123456789")
 
@@ -87,6 +82,14 @@ def test_a_task_that_is_none_is_noticed(monkeypatch, change):
     assert problems(task(DOING, place(), "/somewhere") | change)
 
 
+def test_a_bucket_is_mounted_with_a_cache_and_holds_no_database(monkeypatch):
+    """SQLite's locks and partial writes don't go through a mount: the stage's cache is on the machine's own disk."""
+    monkeypatch.chdir(ROOT)
+    found = task(DOING, place(checkpoints="s3://bucket/here"), "/somewhere")
+    assert found["file_mounts"] == {"/checkpoints": {"source": "s3://bucket/here", "mode": "MOUNT_CACHED"}}
+    assert "APPRENTICE_CACHE" not in found["envs"]
+
+
 def test_secrets_are_in_a_task_by_name_only(monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("HF_TOKEN", "hush")
@@ -122,26 +125,9 @@ def test_a_script_can_ask_what_is_under_way(monkeypatch, under_way):
 @pytest.fixture
 def checkout(tmp_path, monkeypatch) -> Path:
     """A committed checkout in which sft can run, its inputs a few bytes."""
-    top = tmp_path / "checkout"
-    listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
-    files = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True).stdout.splitlines()
-    for name in files:
-        if name.startswith(("src/", "stages/", "sky/", ".dvc", ".gitignore")) or "/" not in name:
-            (top / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, top / name)
-    for name in ("data/sft/train.jsonl", "data/sft/val.jsonl", "models/base/config.json", *SETTINGS, *OTHERS):
-        (top / name).parent.mkdir(parents=True, exist_ok=True)
-        (top / name).write_text(name)
+    top = made(tmp_path / "checkout")
     monkeypatch.chdir(top)
-    subprocess.run(["git", "init", "--quiet"], check=True)
-    commit()
     return top
-
-
-def commit() -> None:
-    identity = ["-c", "user.name=test", "-c", "user.email=test@example.org"]
-    subprocess.run(["git", "add", "--all"], check=True)
-    subprocess.run(["git", *identity, "commit", "--quiet", "--message", "test"], check=True)
 
 
 def doing(lock: str = "requirements.lock") -> Work:
@@ -194,7 +180,7 @@ def test_the_student_without_an_adapter_is_sent_once(checkout, tmp_path):
     """dvc.yaml names models/base twice for it: as the base, and as the weights."""
     base = work("benchmark_student", ["base"], "requirements.lock")
     assert base.inputs.count("models/base") == 1
-    gather(tmp_path / "sent", base, place(dirty=True), None)
+    gather(tmp_path / "sent", base, place(dirty=True), None, tmp_path / "nothing")
     assert digest(tmp_path / "sent/models/base") == digest(Path("models/base"))
 
 
@@ -257,7 +243,7 @@ def test_what_is_sent_has_the_inputs_and_neither_secrets_nor_rubbish(checkout, t
     Path(".env").write_text("KEY=hush")
     Path(".gitignore").write_text(Path(".gitignore").read_text() + "/.env\n")
     Path(".dvc/config.local").write_text("[core]\n")
-    gather(tmp_path / "sent", doing(), place(dirty=True), 60.0)
+    gather(tmp_path / "sent", doing(), place(dirty=True), None, tmp_path / "nothing")
     sent = {str(file.relative_to(tmp_path / "sent")) for file in (tmp_path / "sent").rglob("*") if file.is_file()}
     assert {"models/base/config.json", "data/sft/train.jsonl", "stages/sft.py", ".apprentice/work.json"} <= sent
     assert {name for name in sent if name.startswith("data/settings/")} == SETTINGS
@@ -313,24 +299,35 @@ def sent(tmp_path: Path, code: str, **told) -> Path:
     (top / "stages" / "sft.py").write_text(f"from pathlib import Path\nimport os, sys, time\n{code}\n")
     (top / ".apprentice").mkdir()
     work = {
+        "name": "mine",
         "stage": "sft",
         "target": "sft",
         "arguments": [],
         "inputs": [],
         "outs": [],
         "transfer": "rsync",
-        "seconds": None,
+        "gpus": 0,
+        "base": None,
+        "digests": {},
+        "checkpoints": None,
+        "limit": None,
     } | told
     (top / ".apprentice" / "work.json").write_text(json.dumps(work))
     return top
 
 
-def ran_there(top: Path) -> tuple[int, dict, str]:
+def ran_there(top: Path, **environment: str) -> tuple[int, dict, str]:
     """The exit code, the record, and the log."""
     done = subprocess.run(
-        [sys.executable, "-m", "apprentice.cloud.on_machine"], cwd=top, capture_output=True, text=True, timeout=300
+        [sys.executable, "-m", "apprentice.cloud.on_machine"],
+        cwd=top,
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
     )
-    outcome = json.loads((top / ".apprentice" / "outcome.json").read_text())
+    outcome = json.loads((top / ".apprentice" / "mine" / "outcome.json").read_text())
     assert json.loads(done.stdout.splitlines()[-1].removeprefix(on_machine.MARK)) == outcome
     return done.returncode, outcome, done.stdout
 
@@ -351,9 +348,12 @@ def test_a_machine_passes_the_stages_own_exit_code_on(tmp_path, code):
 
 def test_a_stage_that_costs_too_much_is_stopped(tmp_path):
     code = "try:\n    time.sleep(600)\nexcept KeyboardInterrupt:\n    Path('asked').touch()\n    sys.exit(130)"
-    top = sent(tmp_path, code, seconds=3.0)
+    top = sent(tmp_path, code, limit={"usd": 10.0, "hourly_usd": 3600.0, "launch": "a"})  # ten seconds
+    began = time.monotonic()
     assert ran_there(top)[0] == on_machine.TIME_IS_UP and (top / "asked").exists()
-    assert ran_there(top)[0] == on_machine.TIME_IS_UP, "a rerun on the same machine has no more time"
+    assert time.monotonic() - began < 20
+    (top / "asked").unlink()
+    assert ran_there(top)[0] == on_machine.TIME_IS_UP and not (top / "asked").exists(), "a rerun has no more time"
 
 
 def test_a_broken_output_is_not_taken(checkout, monkeypatch):
@@ -364,7 +364,7 @@ def test_a_broken_output_is_not_taken(checkout, monkeypatch):
     monkeypatch.setattr(machine, "rsync", broken)
     outcome = {"digests": {"models/sft": "of the whole"}}
     with pytest.raises(WorkError, match="models/sft came broken; run the same command again"):
-        launch.bring(DOING, place(), outcome)
+        launch.bring(DOING, place(), DOING.name, outcome)
     assert not Path("models/sft").exists()
 
 

@@ -23,16 +23,24 @@ SHARED = CACHE / "shared"
 SETTINGS = SMALL | {"profiles.tiny.sft.epochs": 8, "profiles.tiny.sft.early_stopping_patience": None}
 OFFLINE = {"UV_OFFLINE": "1", "UV_NO_INDEX": "1", "UV_PYTHON_DOWNLOADS": "never", "UV_FIND_LINKS": f"{CACHE}/wheels"}
 OFFLINE["UV_CACHE_DIR"] = "/home/student/packages"  # for all machines, as on a cluster where home is shared
+REHEARSED = {"APPRENTICE_REHEARSAL": "1"}
+"""Nothing stands behind the GPUs that Slurm counts."""
 SECRET = "hush-4242"
 yaml = YAML(typ="safe")
 
 
 def compute(top: Path, **place) -> None:
-    """Send sft to Slurm."""
+    """Send sft and agreement to Slurm."""
     sft = {"where": "sky", "accelerators": "H200:2", "any_of": [{"infra": "slurm"}], "lock": "requirements.lock"}
-    sft |= {"max_hourly_usd": 8.0, "max_total_usd": 5.0, "environment": OFFLINE, "secrets": ["HF_TOKEN"], **place}
+    sft |= {
+        "max_hourly_usd": 8.0,
+        "max_total_usd": 5.0,
+        "environment": OFFLINE | REHEARSED,
+        "secrets": ["HF_TOKEN"],
+        **place,
+    }
     with (top / "compute.yaml").open("w") as file:
-        YAML().dump({"stages": {"sft": sft}}, file)
+        YAML().dump({"stages": {"sft": sft, "agreement": sft}}, file)
 
 
 def settings(top: Path, **changes) -> None:
@@ -48,12 +56,12 @@ def committed(top: Path) -> None:
     subprocess.run(["git", *identity, "commit", "--quiet", "--allow-empty", "--message", "test"], cwd=top, check=True)
 
 
-def begin(top: Path, *command: str) -> subprocess.Popen:
+def begin(top: Path, *command: str, **variables: str) -> subprocess.Popen:
     log = (top.parent / f"{top.name}.log").open("ab")
     return subprocess.Popen(
         [sys.executable, "-m", *command],
         cwd=top,
-        env=environment(top.parent / "cache") | {"HF_TOKEN": SECRET},
+        env=environment(top.parent / "cache") | {"HF_TOKEN": SECRET} | variables,
         stdout=log,
         stderr=subprocess.STDOUT,
         start_new_session=True,
@@ -98,7 +106,7 @@ def at_work() -> set[str]:
 
 
 def checkpoints() -> int:
-    return len(list(SHARED.glob("sft/*/checkpoint-*/trainer_state.json")))
+    return len(list(SHARED.glob("*/kept/*.tar")))
 
 
 def locked(top: Path) -> dict:
@@ -116,7 +124,8 @@ def here(tmp_path_factory) -> Path:
     top = checkout(folder / "here", SETTINGS)
     (top / "compute.yaml").unlink()
     committed(top)
-    assert ended(top, begin(top, "dvc", "repro", "sft")) == 0, log(top)[-5000:]
+    process = begin(top, "dvc", "repro", "sft", CUDA_VISIBLE_DEVICES="0,1", **REHEARSED)  # two ranks, as there
+    assert ended(top, process) == 0, log(top)[-5000:]
     return top
 
 
@@ -216,20 +225,45 @@ def test_a_managed_job_is_planned(there):
     compute(there)
 
 
-def test_a_failing_stage_returns_its_code_and_its_log(there):
+def test_a_failing_stage_returns_its_code_and_its_log_and_another_uses_its_machine(there):
     settings(there, max_length=1)
     committed(there)
+    compute(there, machine="one", autostop_minutes=10)
     assert ended(there, begin(there, "apprentice.cli", "launch", "sft")) == 1
     said = log(there)
     assert "has no row of at most 1 tokens" in said and "ended with exit code 1" in said
+    machines = jobs()
+    assert len(machines) == 1 and machines[0].startswith("apprentice-one-")
+
+    assert ended(there, begin(there, "apprentice.cli", "launch", "agreement")) == 0, log(there)[-5000:]
+    assert (there / "metrics/plots/agreement.csv").exists() and jobs() == machines
+    assert ended(there, begin(there, "apprentice.cli", "launch", "agreement", "--stop")) == 0
+    assert ended(there, begin(there, "apprentice.cli", "launch", "--status")) == 0
+    assert log(there).endswith("nothing is under way\n")
 
 
-def test_stop_ends_what_is_under_way(there):
-    settings(there, max_length=512, learning_rate=1e-3)
+def test_a_machine_without_the_gpus_is_taken_down(there):
+    compute(there, environment=OFFLINE)  # without the word that they are rehearsed
+    assert ended(there, begin(there, "apprentice.cli", "launch", "sft")) == 1
+    assert "2 GPUs were asked for, and torch" in log(there) and "was taken down" in log(there)[-600:]
+    assert not jobs()
+
+
+def test_when_the_money_is_used_up_the_checkpoints_come_home(there):
+    settings(there, max_length=512, learning_rate=1e-3, epochs=400)
     committed(there)
+    compute(there, max_total_usd=0.3)  # two and a half minutes
+    assert ended(there, begin(there, "apprentice.cli", "launch", "sft")) == 1
+    assert "max_total_usd is used up" in log(there)[-600:] and not jobs()
+    assert list((there.parent / "cache").glob("sft/*/checkpoint-*/whole"))
+
+
+def test_more_money_goes_on_from_them_until_it_is_stopped(there):
+    compute(there)
     before = len(log(there))
     process = begin(there, "apprentice.cli", "launch", "sft")
-    until(there, process, lambda: "Job submitted" in log(there)[before:])
+    until(there, process, lambda: re.search(r"\b\d+/\d{4} \[", log(there)[before:]))
+    assert not re.search(r"\b[01]/\d{4} \[", log(there)[before:]), "it began anew"
     stop = begin(there, "apprentice.cli", "launch", "sft", "--stop")
     assert ended(there, stop) == 0 and ended(there, process) == 1, log(there)[before:]
 

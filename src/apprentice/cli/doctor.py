@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from apprentice import compute, params
-from apprentice.errors import ConfigError
+from apprentice.errors import ConfigError, WorkError
 
 OK, GAP, BROKEN = "ok", "gap", "broken"
 _GB = 1e9
@@ -158,7 +158,15 @@ _ELSEWHERE = "Make room; APPRENTICE_CACHE names another folder for the cache."
 def _gpu() -> Finding:
     import torch
 
-    count = torch.cuda.device_count()
+    from apprentice import gpus
+
+    try:
+        count = gpus.check()
+    except WorkError as error:
+        remedy = "Update the driver; until then CUDA_VISIBLE_DEVICES= hides the GPUs, and the processor computes."
+        return Finding("GPU", BROKEN, str(error), "student, sft, rl, agreement and benchmark_student", remedy)
+    if count and gpus.rehearsed():
+        return Finding("GPU", GAP, f"{count}, rehearsed", "to compute on them", f"Unset {gpus.REHEARSAL}.")
     if count:
         names = ", ".join(sorted({torch.cuda.get_device_name(number) for number in range(count)}))
         memory = torch.cuda.get_device_properties(0).total_memory / _GB

@@ -6,12 +6,12 @@ from typing import Annotated
 
 import typer
 
-from apprentice import compute
+from apprentice import compute, params
 from apprentice.errors import ConfigError
 
 
 def launch_stage(
-    stage: Annotated[str | None, typer.Argument(help="student, sft, rl or benchmark_student.")] = None,
+    stage: Annotated[str | None, typer.Argument(help="student, sft, rl, agreement or benchmark_student.")] = None,
     arguments: Annotated[list[str] | None, typer.Argument(help="For the stage's own command.")] = None,
     status: Annotated[bool, typer.Option("--status", help="What is under way.")] = False,
     logs: Annotated[bool, typer.Option("--logs", help="Follow the stage's log.")] = False,
@@ -50,7 +50,9 @@ def launch_stage(
     place = compute.load().stages.get(stage)
     if place is None:
         raise ConfigError(f"compute.yaml: there is no stages.{stage}, which would say on what it runs")
+    student = params.load().active.student
+    hub = student if isinstance(student, params.HubStudent) else None
     if plan:
-        launch.show(stage, arguments or [], place)
+        launch.show(stage, arguments or [], place, hub)
         return
-    sys.exit(launch.run(stage, arguments or [], place))
+    sys.exit(launch.run(stage, arguments or [], place, hub))

@@ -232,7 +232,9 @@ def _student(settings: Params, places: compute.Compute, read: int) -> list[Line]
     each = _text_tokens(profile.prompt) + picture + rates()["text"]["completion_tokens"]
     val_fraction = settings.split.val_fraction
     rows, held_out = (round(read * kept["share"] * part) for part in (1 - val_fraction, val_fraction))
-    trained, validations = round(rows * sft.epochs), int(rows * sft.epochs / sft.batch_size // sft.eval_steps)
+    trained, steps = round(rows * sft.epochs), rows * sft.epochs / sft.batch_size
+    validations = int(steps // sft.eval_steps) if sft.eval_steps >= 1 else round(1 / sft.eval_steps)
+    validated = min(held_out, getattr(sft, "eval_rows", None) or held_out)
     evaluations = -(-rl.iterations // rl.evaluation.every) + 1
     episodes = rl.iterations * rl.groups * rl.group_size + evaluations * len(rl.evaluation.seeds)
     updated, students = rl.iterations * rl.decisions * rl.epochs, len(benchmark.students)
@@ -287,8 +289,8 @@ def _student(settings: Params, places: compute.Compute, read: int) -> list[Line]
     lines = [
         line(
             "sft",
-            *(0, trained, validations * held_out),
-            f"{rows:,} rows ({kept['share']:.1%} kept) × {sft.epochs:g} epochs, {validations} × {held_out:,} validated",
+            *(0, trained, validations * validated),
+            f"{rows:,} rows ({kept['share']:.1%} kept) × {sft.epochs:g} epochs, validated {validations} × {validated:,}",
         ),
         line(
             "rl",

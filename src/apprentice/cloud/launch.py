@@ -1,7 +1,8 @@
 """A stage on a machine that SkyPilot finds, as if it ran here: compute.yaml says which stages, and on what.
 
-A cluster, or a managed job, is named by all that shapes the stage's outputs: while it is there, the same work is never
-started again but followed. A record in the user's cache folder says what was started and not brought home.
+A job is named by all that shapes the stage's outputs, and so is its cluster, unless stages share one. While it is
+there, the same work is never started again but followed. A record in the user's cache folder says what was started and
+not brought home.
 """
 
 import json
@@ -11,16 +12,17 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 from ruamel.yaml import YAML
 
-from apprentice import compute
+from apprentice import compute, params
 from apprentice.cache import cache_folder
-from apprentice.cloud import machine
+from apprentice.cloud import kept, machine
 from apprentice.cloud.machine import ACTIVE, Sky
 from apprentice.cloud.on_machine import FOLDER, MARK, TIME_IS_UP
-from apprentice.cloud.work import Work, dvc, gather, task, uncommitted, work, write_task
+from apprentice.cloud.work import Work, cluster, dvc, gather, task, uncommitted, work, write_task
 from apprentice.errors import ConfigError, WorkError
 from apprentice.files import digest, locked, remove, replacing
 
@@ -28,26 +30,40 @@ _ON_THE_WAY = Path(".dvc/tmp/apprentice")
 """What is sent and what has come: on the disk of the checkout, and seen by neither git nor DVC."""
 _TRIES = 5
 """Times in a row that a connection may break before the follower gives up."""
+_PATIENCE = 30
+"""Seconds between two looks whether a shared machine is free."""
+_AS_STARTED = {"managed", "transfer", "checkpoints", "machine", "teardown"}
+"""What compute.yaml may say otherwise before a work that was started is home."""
 
 
-def run(stage: str, arguments: list[str], place: compute.Stage) -> int:
+def run(stage: str, arguments: list[str], place: compute.Stage, hub: params.HubStudent | None) -> int:
     """Run the stage on the machine that place describes, and bring its outputs. Returns its exit code.
 
-    Raises ConfigError for what would not work, before anything is started, and WorkError.
+    hub: where models/base comes from, if it comes from the hub. Raises ConfigError for what would not work, before
+    anything is started, and WorkError.
     """
-    doing = work(stage, arguments, place.lock)
+    doing = work(stage, arguments, place.lock, hub if place.download_base else None)
     sky = machine.installed()
     waiting = f"{doing.name}: waiting for another process that starts or follows it"
-    with locked(_records() / f"{doing.name}.lock", waiting, inherited=True):
-        if _find(sky, doing, place) is None:
-            check(sky, doing, place)
-            seconds = plan(sky, doing, place)
-            _start(sky, doing, place, seconds)
-        else:
+    with ExitStack() as held:
+        held.enter_context(locked(_records() / f"{doing.name}.lock", waiting, inherited=True))
+        known = _under_way(sky, doing)
+        if known:  # it stays what it was started as, whatever compute.yaml says by now
+            place = place.model_copy(update=known["place"])
+        on = known["cluster"] if known else cluster(doing, place)
+        if on != doing.name:
+            waiting = f"{stage}: waiting for another stage on {on}"
+            held.enter_context(locked(_records() / f"{on}.lock", waiting, inherited=True))
+        if known:
             print(f"{stage}: following {doing.name}, which was started before", flush=True)
+        else:
+            check(sky, doing, place)
+            limit = plan(sky, doing, place)
+            _free(sky, doing, place, on)
+            _start(sky, doing, place, on, limit)
         try:
-            job = _follow(sky, doing, place)
-            return _finish(sky, doing, place, job)
+            job = _follow(sky, doing, place, on)
+            return _finish(sky, doing, place, on, job)
         except KeyboardInterrupt:
             print(
                 f"\n{stage}: {doing.name} goes on; run the same command again to follow it, or end it by "
@@ -81,8 +97,8 @@ def check(sky: Sky, doing: Work, place: compute.Stage) -> None:
         )
 
 
-def plan(sky: Sky, doing: Work, place: compute.Stage) -> float | None:
-    """Show where it would run and for how much. Returns for how many seconds; None is without an end.
+def plan(sky: Sky, doing: Work, place: compute.Stage) -> dict | None:
+    """Show where it would run and for how much. Returns the limit, as on_machine.Money has it; None is without an end.
 
     Raises ConfigError if that is more than compute.yaml allows.
     """
@@ -99,20 +115,27 @@ def plan(sky: Sky, doing: Work, place: compute.Stage) -> float | None:
         raise ConfigError(
             f"{where}.max_hourly_usd is ${place.max_hourly_usd:.2f}, and the cheapest machine is ${price:.2f} an hour"
         )
+    if not (place.managed or place.checkpoints):
+        print(
+            f"{doing.stage}: what it makes is brought here when it ends. Keep this command running, or run it again "
+            f"within {place.autostop_minutes} minutes (autostop_minutes) of its end: then the machine is taken down",
+            flush=True,
+        )
     if not place.max_total_usd or not price:
         return None
-    spent = sky.spent(doing.name)
+    spent = _spent(sky, doing, place)
     left = place.max_total_usd - spent
     if left <= 0:
         raise ConfigError(f"{where}.max_total_usd is ${place.max_total_usd:.2f}, and ${spent:.2f} are spent: raise it")
     print(f"{doing.stage}: at most {left / price:.1f} hours at ${price:.2f}: ${left:.2f}", flush=True)
-    return left / price * 3600
+    # A managed job's machines are not among ours: it counts on from try to try itself.
+    return {"usd": left, "hourly_usd": price, "launch": "managed" if place.managed else str(time.time())}
 
 
-def show(stage: str, arguments: list[str], place: compute.Stage) -> None:
+def show(stage: str, arguments: list[str], place: compute.Stage, hub: params.HubStudent | None) -> None:
     """Print the task and the plan, and start nothing. Raises ConfigError for what would not work, and WorkError."""
     sky = machine.installed()
-    doing = work(stage, arguments, place.lock)
+    doing = work(stage, arguments, place.lock, hub if place.download_base else None)
     YAML().dump(task(doing, place, "."), sys.stdout)
     check(sky, doing, place)
     plan(sky, doing, place)
@@ -124,7 +147,10 @@ def status() -> list[dict[str, str]]:
     found = []
     for record in sorted(_records().glob("*.json")):
         known = json.loads(record.read_text())
-        job = sky.job(known["name"], known["managed"])
+        job = _job(sky, known)
+        if job is None and "brought" in known:
+            remove(record)
+            continue
         found.append({"name": known["name"], "stage": known["stage"], "job": job["status"] if job else "gone"})
     return found
 
@@ -135,26 +161,30 @@ def logs(stage: str) -> int:
     Raises ConfigError if nothing of the stage is under way, and WorkError if its machine is gone.
     """
     sky, known = machine.installed(), _latest(stage)
-    job = sky.job(known["name"], known["managed"])
+    job = _job(sky, known)
     if job is None:
         raise WorkError(f"{known['name']} is gone, and its log with it")
-    return sky.follow(known["name"], job, known["managed"])
+    return sky.follow(known["cluster"], job, known["place"]["managed"])
 
 
 def stop(stage: str) -> None:
-    """End the latest work of a stage, and take its machine down; what it had in its own cache is lost.
+    """End the latest work of a stage, and take its machine down, if no other stage is at work there.
 
-    Raises ConfigError if nothing of the stage is under way.
+    What it had in its own cache is lost. Raises ConfigError if nothing of the stage is under way.
     """
     sky, known = machine.installed(), _latest(stage)
-    sky.end(known["name"], known["managed"])
+    on, managed, job = known["cluster"], known["place"]["managed"], _job(sky, known)
+    if not managed and job and sky.others(on, known["name"]):
+        sky.cancel(on, job)
+    else:
+        sky.end(on, known["name"], managed)
     remove(_record(known["name"]))
 
 
-def bring(doing: Work, place: compute.Stage, outcome: dict) -> None:
+def bring(doing: Work, place: compute.Stage, on: str, outcome: dict) -> None:
     """Fetch the outputs, and put them in place when all are there and are what they were.
 
-    outcome: what on_machine.py has left. Raises WorkError for an output that is missing or broken.
+    on: the cluster. outcome: what on_machine.py has left. Raises WorkError for an output that is missing or broken.
     """
     _ON_THE_WAY.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=_ON_THE_WAY) as name:
@@ -162,7 +192,7 @@ def bring(doing: Work, place: compute.Stage, outcome: dict) -> None:
         if place.transfer == "remote":
             _pull(outcome, folder)
         else:
-            machine.rsync(doing.name, list(doing.outs), folder)
+            machine.rsync(on, list(doing.outs), folder)
         for out in doing.outs:
             found = folder / out
             if not found.exists() or digest(found) != outcome["digests"][out]:
@@ -172,41 +202,86 @@ def bring(doing: Work, place: compute.Stage, outcome: dict) -> None:
                 (folder / out).rename(path)
 
 
-def _find(sky: Sky, doing: Work, place: compute.Stage) -> dict | None:
-    """The job that does this work or has done it, and was not brought home."""
+def bring_kept(doing: Work, on: str) -> None:
+    """Fetch the checkpoints, episodes and replies that a machine has kept, into the cache here and for another try."""
+    own = FOLDER / doing.name
+    with tempfile.TemporaryDirectory(dir=_records()) as name:
+        machine.rsync(on, [f"{own}/kept"], Path(name))
+        found = Path(name) / own / "kept"
+        if found.is_dir() and kept.unpack(found, cache_folder()):
+            with replacing(_kept(doing.name)) as path:
+                found.rename(path)
+
+
+def _under_way(sky: Sky, doing: Work) -> dict | None:
+    """The record of this work, if its job is under way, or has ended and was not brought home."""
     record = _record(doing.name)
     if not record.exists():
         return None
     known = json.loads(record.read_text())
-    job = sky.job(doing.name, place.managed)
+    job = _job(sky, known)
     if job is None or job["job_id"] == known.get("brought"):
         return None
     # A machine that went away leaves a job that failed without a record of its own.
     lost = job["status"] not in (*ACTIVE, "SUCCEEDED", "FAILED")
-    return None if lost else job
+    return None if lost else known
 
 
-def _start(sky: Sky, doing: Work, place: compute.Stage, seconds: float | None) -> None:
-    """Send all that it needs, and start it. seconds: how long it may take there; None is without an end."""
+def _job(sky: Sky, known: dict) -> dict | None:
+    return sky.job(known["cluster"], known["name"], known["place"]["managed"])
+
+
+def _spent(sky: Sky, doing: Work, place: compute.Stage) -> float:
+    """Dollars that all tries at this work have cost; on a machine that is shared, what the tries themselves took."""
+    return sky.spent(doing.name) if place.machine is None else _noted(doing)
+
+
+def _noted(doing: Work) -> float:
+    """Dollars that the record of a work has."""
+    record = _record(doing.name)
+    return json.loads(record.read_text())["usd"] if record.exists() else 0.0
+
+
+def _free(sky: Sky, doing: Work, place: compute.Stage, on: str) -> None:
+    """Wait until nobody is at work on a machine that is shared: a stage that is sent replaces the files of another."""
+    said = False
+    while place.machine and (others := sky.others(on, doing.name)):
+        if not said:
+            print(f"{doing.stage}: waiting for {', '.join(others)} on {on}", flush=True)
+        said = True
+        time.sleep(_PATIENCE)
+
+
+def _start(sky: Sky, doing: Work, place: compute.Stage, on: str, limit: dict | None) -> None:
+    """Send all that it needs, and start it. limit: as on_machine.Money has it."""
     if place.transfer == "remote" and doing.inputs:
         dvc("push", *doing.inputs)
     sent = _ON_THE_WAY / doing.name
     remove(sent)
     folder, path = sent / "folder", sent / "task.yaml"
     folder.mkdir(parents=True)
-    gather(folder, doing, place, seconds)
+    gather(folder, doing, place, limit, _kept(doing.name))
     write_task(path, folder, doing, place)
-    _keep({"name": doing.name, "stage": doing.stage, "managed": place.managed, "started": time.time()})
-    if sky.launch(doing.name, path, place.secrets, place.managed):
+    _keep(
+        {
+            "name": doing.name,
+            "stage": doing.stage,
+            "cluster": on,
+            "place": place.model_dump(mode="json", include=_AS_STARTED),
+            "started": time.time(),
+            "usd": _noted(doing),
+        }
+    )
+    if sky.launch(on, path, place.secrets, place.managed):
         raise WorkError(f"{doing.stage}: SkyPilot could not start it, see above; run the same command to try again")
     remove(sent)
 
 
-def _follow(sky: Sky, doing: Work, place: compute.Stage) -> dict:
+def _follow(sky: Sky, doing: Work, place: compute.Stage, on: str) -> dict:
     """Show the log until the job has ended, once if it has already. Returns the job."""
     broken = 0
     while True:
-        job = sky.job(doing.name, place.managed)
+        job = sky.job(on, doing.name, place.managed)
         if job is None:
             raise WorkError(
                 f"{doing.stage}: {doing.name} is gone, taken away or down; run the same command again: it goes on from "
@@ -219,36 +294,48 @@ def _follow(sky: Sky, doing: Work, place: compute.Stage) -> dict:
         if broken > 1:
             time.sleep(min(60, 2**broken))
         broken += 1
-        sky.follow(doing.name, job, place.managed)
+        sky.follow(on, job, place.managed)
 
 
-def _finish(sky: Sky, doing: Work, place: compute.Stage, job: dict) -> int:
-    """Bring the outputs and take the machine down. Returns the stage's exit code."""
-    outcome = _outcome(sky, doing, place, job)
+def _finish(sky: Sky, doing: Work, place: compute.Stage, on: str, job: dict) -> int:
+    """Bring what the stage has made or kept, and take the machine down. Returns the stage's exit code."""
+    outcome = _outcome(sky, doing, place, on, job)
+    if outcome and outcome["exit_code"] == 0:
+        bring(doing, place, on, outcome)
+    if not place.managed:
+        bring_kept(doing, on)
+    _leave(sky, doing, place, on, job, outcome)
     if outcome is None:
-        _leave(sky, doing, place, job)
         raise WorkError(
             f"{doing.stage}: the job {job['status'].lower()} before the stage had ended, see above; run the same "
             "command again"
         )
-    code = outcome["exit_code"]
-    if code == 0:
-        bring(doing, place, outcome)
-    _leave(sky, doing, place, job)
-    print(f"{doing.stage}: {doing.name} ended with exit code {code}; about ${sky.spent(doing.name):.2f}", flush=True)
+    code, usd = outcome["exit_code"], _spent(sky, doing, place)
+    print(f"{doing.stage}: {doing.name} ended with exit code {code}; about ${usd:.2f}", flush=True)
+    if outcome["unfit"]:
+        raise WorkError(
+            f"{doing.stage}: {on} was taken down, since its GPUs cannot be used, see above. Another may be better: run "
+            "the same command again. compute.yaml says how to ask for a newer driver"
+        )
     if code == TIME_IS_UP:
-        raise WorkError(f"{doing.stage}: max_total_usd is used up: raise it in compute.yaml, and run the same command")
+        raise WorkError(
+            f"{doing.stage}: max_total_usd is used up. Raise it in compute.yaml and run the same command: it goes on "
+            f"from the last checkpoint, which is {f'in {place.checkpoints}' if place.checkpoints else 'here'}"
+        )
+    if code == 0:
+        remove(_kept(doing.name))
     return code
 
 
-def _outcome(sky: Sky, doing: Work, place: compute.Stage, job: dict) -> dict | None:
+def _outcome(sky: Sky, doing: Work, place: compute.Stage, on: str, job: dict) -> dict | None:
     """What on_machine.py has left; None if it came to nothing."""
     if place.managed:
-        found = [line.split(MARK, 1)[1] for line in sky.logged(doing.name, job, True) if MARK in line]
+        found = [line.split(MARK, 1)[1] for line in sky.logged(job) if MARK in line]
         return json.loads(found[-1]) if found else None
+    left = FOLDER / doing.name / "outcome.json"
     with tempfile.TemporaryDirectory() as folder:
-        machine.rsync(doing.name, [f"{FOLDER}/outcome.json"], Path(folder))
-        path = Path(folder) / FOLDER / "outcome.json"
+        machine.rsync(on, [str(left)], Path(folder))
+        path = Path(folder) / left
         return json.loads(path.read_text()) if path.is_file() else None
 
 
@@ -273,13 +360,21 @@ def _pull(outcome: dict, folder: Path) -> None:
         raise WorkError(f"dvc pull failed: {done.stderr.strip()}; run the same command again")
 
 
-def _leave(sky: Sky, doing: Work, place: compute.Stage, job: dict) -> None:
-    """Take the machine down, unless it is to stay or is SkyPilot's own to look after."""
-    if place.managed or not place.teardown:
-        _keep({**json.loads(_record(doing.name).read_text()), "brought": job["job_id"]})
+def _leave(sky: Sky, doing: Work, place: compute.Stage, on: str, job: dict, outcome: dict | None) -> None:
+    """Take the machine down, unless it is to stay, is shared, or is SkyPilot's own to look after."""
+    unfit = outcome is not None and outcome["unfit"]
+    if place.managed or (not unfit and (place.machine or not place.teardown)):
+        known = json.loads(_record(doing.name).read_text())
+        usd = known["usd"] + (outcome["usd"] if outcome else 0.0)
+        _keep({**known, "brought": job["job_id"], "usd": usd})
         return
-    sky.end(doing.name, False)
+    sky.end(on, doing.name, False)
     remove(_record(doing.name))
+
+
+def _kept(name: str) -> Path:
+    """The folder with what a work's last machine has kept, to be sent along with the next."""
+    return _records() / f"{name}.kept"
 
 
 def _records() -> Path:
@@ -291,7 +386,8 @@ def _record(name: str) -> Path:
 
 
 def _keep(known: dict) -> None:
-    """Write the record of what is under way: name, stage, managed, started (Unix time), brought (a job's number)."""
+    """Write the record of what is under way: name, stage, cluster, place (of compute.yaml, as it was started), started
+    (Unix time), usd (spent on a shared machine), brought (a job's number)."""
     with replacing(_record(known["name"])) as path:
         path.write_text(json.dumps(known))
 

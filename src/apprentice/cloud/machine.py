@@ -25,7 +25,7 @@ ACTIVE = (
 
 
 class Sky:
-    """SkyPilot's program. A job is on a cluster of its name, or managed: then SkyPilot looks after its machine."""
+    """SkyPilot's program. A job is on a cluster, or managed: then SkyPilot looks after its machine."""
 
     def __init__(self, program: Path = PROGRAM):
         self._program = str(program.absolute())
@@ -50,16 +50,22 @@ class Sky:
             raise WorkError(f"sky {arguments[0]} gave no JSON:\n{said}")
         return json.JSONDecoder().raw_decode(said, begins.start())[0]
 
-    def job(self, name: str, managed: bool) -> dict | None:
+    def jobs(self, cluster: str) -> list[dict]:
+        """A cluster's jobs, each with `job_name`, `job_id` and `status`; none if there's no such cluster."""
+        if cluster not in {known["name"] for known in self.json("status", "--refresh", cluster)}:
+            return []
+        return self.json("queue", cluster).get(cluster, [])
+
+    def job(self, cluster: str, name: str, managed: bool) -> dict | None:
         """The last job of this name, with `job_id` and `status`; None if there is none."""
-        if managed:
-            found = [job for job in self.json("jobs", "queue") if job["job_name"] == name]
-        else:
-            clusters = {known["name"]: known for known in self.json("status", "--refresh", name)}
-            if name not in clusters:
-                return None
-            found = self.json("queue", name).get(name, [])
+        every = self.json("jobs", "queue") if managed else self.jobs(cluster)
+        found = [job for job in every if job["job_name"] == name]
         return max(found, key=lambda job: job["job_id"], default=None)
+
+    def others(self, cluster: str, name: str) -> list[str]:
+        """The names of other jobs at work on a cluster."""
+        every = self.jobs(cluster)
+        return [job["job_name"] for job in every if job["job_name"] != name and job["status"] in ACTIVE]
 
     def spent(self, name: str) -> float:
         """Dollars that all clusters of this name have cost."""
@@ -68,17 +74,18 @@ class Sky:
 
     def dryrun(self, name: str, task: Path, secrets: tuple[str, ...]) -> str:
         """Where a task would run and for how much, as SkyPilot says it. Raises WorkError if it would run nowhere."""
-        return self.text("launch", "--dryrun", "--yes", "--cluster", name, *_by_name(secrets), str(task))
+        # Of a machine that is there already it would say no price.
+        return self.text("launch", "--dryrun", "--yes", "--cluster", f"{name}-plan", *_by_name(secrets), str(task))
 
-    def launch(self, name: str, task: Path, secrets: tuple[str, ...], managed: bool) -> int:
+    def launch(self, cluster: str, task: Path, secrets: tuple[str, ...], managed: bool) -> int:
         """Find a machine, and start the task on it as a job. Returns SkyPilot's exit code.
 
-        secrets: names of variables. SkyPilot is in a session of its own, so that Ctrl-C doesn't cut it off half-way,
-        and keeps the locks that are inherited until it is done.
+        cluster: or the name of the managed job. secrets: names of variables. SkyPilot is in a session of its own, so
+        that Ctrl-C doesn't cut it off half-way, and keeps the locks that are inherited until it is done.
         """
         command = ["jobs", "launch", "--name"] if managed else ["launch", "--cluster"]
         process = subprocess.Popen(
-            [self._program, *command, name, "--detach-run", "--yes", *_by_name(secrets), str(task)],
+            [self._program, *command, cluster, "--detach-run", "--yes", *_by_name(secrets), str(task)],
             env=self._environment,
             stdin=subprocess.DEVNULL,
             start_new_session=True,
@@ -86,12 +93,12 @@ class Sky:
         )
         return process.wait()
 
-    def follow(self, name: str, job: dict, managed: bool) -> int:
+    def follow(self, cluster: str, job: dict, managed: bool) -> int:
         """Show a job's log until the job ends, or the connection breaks. Returns SkyPilot's exit code.
 
         Ctrl-C ends the showing, not the job.
         """
-        command = self._logs(name, job, managed)
+        command = self._logs(cluster, job, managed)
         process = subprocess.Popen(command, env=self._environment, start_new_session=True)
         try:
             return process.wait()
@@ -99,19 +106,23 @@ class Sky:
             os.killpg(process.pid, signal.SIGKILL)
             raise
 
-    def logged(self, name: str, job: dict, managed: bool) -> list[str]:
-        """The lines of a job's log as far as it has come."""
-        command = [*self._logs(name, job, managed), "--no-follow"]
+    def logged(self, job: dict) -> list[str]:
+        """The lines of a managed job's log as far as it has come."""
+        command = [*self._logs("", job, True), "--no-follow"]
         done = subprocess.run(command, capture_output=True, env=self._environment)
         return done.stdout.decode(errors="replace").splitlines()
 
-    def end(self, name: str, managed: bool) -> None:
+    def end(self, cluster: str, name: str, managed: bool) -> None:
         """End the job, and take its machine down."""
-        self.text("jobs", "cancel", "--yes", "--name", name) if managed else self.text("down", "--yes", name)
+        self.text("jobs", "cancel", "--yes", "--name", name) if managed else self.text("down", "--yes", cluster)
 
-    def _logs(self, name: str, job: dict, managed: bool) -> list[str]:
+    def cancel(self, cluster: str, job: dict) -> None:
+        """End the job, and leave its machine to others."""
+        self.text("cancel", "--yes", cluster, str(job["job_id"]))
+
+    def _logs(self, cluster: str, job: dict, managed: bool) -> list[str]:
         number = str(job["job_id"])
-        return [self._program, *(["jobs", "logs", number] if managed else ["logs", name, number])]
+        return [self._program, *(["jobs", "logs", number] if managed else ["logs", cluster, number])]
 
     def _call(self, *arguments: str) -> subprocess.CompletedProcess:
         return subprocess.run(

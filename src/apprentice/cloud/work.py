@@ -6,17 +6,20 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ruamel.yaml import YAML
 
 from apprentice import compute
-from apprentice.cloud.on_machine import FOLDER
+from apprentice.cloud.on_machine import BASE, FOLDER
 from apprentice.errors import ConfigError, WorkError
 from apprentice.files import digest
+from apprentice.params import HubStudent
 
 TASK = Path("sky/task.yaml")
+_MOUNTED = "/checkpoints"
+"""Where a bucket is to be seen on the machine."""
 _MADE_BY_REPRO = ("dvc.lock", "metrics/", "compute.yaml")
 """What may differ from the last commit: dvc repro writes it, or it changes no result."""
 
@@ -30,14 +33,19 @@ class Work:
     target: str
     """Its name in dvc.yaml; with the key, where there are several: benchmark_student@sft."""
     inputs: tuple[str, ...]
-    """Files and folders that it needs and that are not in git."""
+    """Files and folders that are brought to it: what it reads and is not in git."""
     outs: tuple[str, ...]
     name: str
-    """Of its cluster: the stage and a digest of all that shapes the outputs."""
+    """Of its job: the stage and a digest of all that shapes the outputs."""
+    base: HubStudent | None = None
+    """What the machine downloads as models/base, which then is no input."""
+    digests: dict[str, str] = field(default_factory=dict)
+    """Of all files and folders that it reads."""
 
 
-def work(stage: str, arguments: list[str], lock: str) -> Work:
-    """What dvc.yaml says about a stage, known by its command. lock: the file with the machine's packages.
+def work(stage: str, arguments: list[str], lock: str, hub: HubStudent | None = None) -> Work:
+    """What dvc.yaml says about a stage, known by its command. lock: the file with the machine's packages. hub: where
+    models/base comes from, if that is to be downloaded there.
 
     Raises ConfigError for a stage, an input or a lock that is not there.
     """
@@ -59,11 +67,22 @@ def work(stage: str, arguments: list[str], lock: str) -> Work:
     if not Path(lock).is_file():
         raise ConfigError(f"compute.yaml: stages.{stage}.lock: there is no {lock}")
     tracked = _in_git(untracked=True)
-    inputs = tuple(path for path in files if path not in tracked)
-    named = {"stage": stage, "arguments": arguments, "params": shaping}
-    named["files"] = {path: digest(Path(path)) for path in (*files, lock)}
+    base = hub if BASE in files else None
+    inputs = tuple(path for path in files if path not in tracked and not (base and path == BASE))
+    digests = {path: digest(Path(path)) for path in (*files, lock)}
+    named = {"stage": stage, "arguments": arguments, "params": shaping, "files": digests}
     shaped = hashlib.sha256(json.dumps(named, sort_keys=True, default=str).encode()).hexdigest()
-    return Work(stage, tuple(arguments), target, inputs, outs, f"apprentice-{stage}-{shaped[:10]}")
+    name = f"apprentice-{stage}-{shaped[:10]}"
+    return Work(stage, tuple(arguments), target, inputs, outs, name, base, digests)
+
+
+def cluster(doing: Work, place: compute.Stage) -> str:
+    """The name of its machine: the work's own, or one for all of this checkout that share a machine of this kind."""
+    if place.machine is None:
+        return doing.name
+    kind = place.model_dump(mode="json", include={"machine", "accelerators", "cpus", "memory", "any_of", "disk_size"})
+    here = json.dumps([str(Path.cwd()), kind], sort_keys=True)
+    return f"apprentice-{place.machine}-{hashlib.sha256(here.encode()).hexdigest()[:10]}"
 
 
 def uncommitted() -> list[str]:
@@ -92,11 +111,8 @@ def task(doing: Work, place: compute.Stage, folder: str) -> dict:
     }
     if place.secrets:
         found["secrets"] = dict.fromkeys(place.secrets)
-    if place.checkpoints:
-        found["envs"]["APPRENTICE_CACHE"] = place.checkpoints
-        if "://" in place.checkpoints:
-            found["envs"]["APPRENTICE_CACHE"] = "/checkpoints"
-            found["file_mounts"] = {"/checkpoints": {"source": place.checkpoints, "mode": "MOUNT"}}
+    if place.checkpoints and "://" in place.checkpoints:
+        found["file_mounts"] = {_MOUNTED: {"source": place.checkpoints, "mode": "MOUNT_CACHED"}}
     return found
 
 
@@ -106,12 +122,15 @@ def write_task(path: Path, folder: Path, doing: Work, place: compute.Stage) -> N
         YAML().dump(task(doing, place, str(folder.absolute())), file)
 
 
-def gather(folder: Path, doing: Work, place: compute.Stage, seconds: float | None) -> None:
+def gather(folder: Path, doing: Work, place: compute.Stage, limit: dict | None, kept: Path) -> None:
     """Put all that the machine needs into an empty folder: the checkout, the inputs, and what is to be done.
 
-    seconds: how long the stage may take there; None is without an end.
+    limit: what it may cost, as on_machine.Money has it; None is without an end. kept: a folder with what an earlier try
+    has left, which goes along.
     """
-    for name in _in_git(untracked=place.dirty):
+    # What dvc repro writes may be in no commit and is needed: compute.yaml has the settings of vLLM, dvc.lock says what
+    # dvc pull is to bring.
+    for name in _in_git(untracked=place.dirty) | {name for name in _MADE_BY_REPRO if Path(name).is_file()}:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(name, folder / name)
     if place.transfer == "rsync":
@@ -119,15 +138,25 @@ def gather(folder: Path, doing: Work, place: compute.Stage, seconds: float | Non
             for file in [top] if top.is_file() else [file for file in top.rglob("*") if file.is_file()]:
                 (folder / file).parent.mkdir(parents=True, exist_ok=True)
                 _link(file.resolve(), folder / file)
-    (folder / FOLDER).mkdir()
+    own = folder / FOLDER / doing.name
+    own.mkdir(parents=True)
+    (own / "outcome.json").write_text("null")  # on a machine that has tried before, that of the earlier try would stay
+    if kept.is_dir():
+        shutil.copytree(kept, own / "kept", copy_function=_link)
+    checkpoints = _MOUNTED if "://" in (place.checkpoints or "") else place.checkpoints
     told = {
+        "name": doing.name,
         "stage": doing.stage,
         "target": doing.target,
         "arguments": list(doing.arguments),
         "inputs": list(doing.inputs),
         "outs": doing.outs,
         "transfer": place.transfer,
-        "seconds": seconds,
+        "gpus": place.cards[1],
+        "base": doing.base.model_dump() if doing.base else None,
+        "digests": {path: doing.digests[path] for path in (*doing.inputs, *([BASE] if doing.base else []))},
+        "checkpoints": checkpoints,
+        "limit": limit,
     }
     (folder / FOLDER / "work.json").write_text(json.dumps(told))
     # With this file, SkyPilot doesn't leave out what git ignores: the inputs.
@@ -156,7 +185,7 @@ def _in_git(untracked: bool) -> set[str]:
     return {name for name in names if name and Path(name).is_file()}
 
 
-def _link(source: Path, target: Path) -> None:
+def _link(source: str | Path, target: str | Path) -> None:
     try:
         os.link(source, target)
     except OSError:
