@@ -84,20 +84,22 @@ def train(
     from apprentice.training.sampler import InProcessSampler, VllmSampler
     from apprentice.training.self_play import SelfPlay
 
+    rl = profile.rl
     args = arguments(profile, folder, rows, accumulation)
-    model, processor = loading.load(BASE, SFT, profile.dtype, trainable=True)
+    model, processor = loading.load(BASE, SFT, profile.dtype, trainable=True, quantization=rl.quantization)
     if servers:
-        probe = Probe(profile.rl.seeds, profile.prompt, profile.rl.temperature, profile.rl.max_sampler_mismatch)
+        probe = Probe(rl.seeds, profile.prompt, rl.temperature, rl.max_sampler_mismatch)
         sampler = VllmSampler(servers, processor, folder / "policies", probe, profile.sampling.max_tokens, sleeping)
     else:
         sampler = InProcessSampler(loading.load(BASE, dtype=profile.dtype)[0], processor)
-    trainer = RlTrainer(model, processor, profile.rl, profile.prompt, args, sampler.exact)
+    exact = not servers and profile.dtype == "float32" and rl.quantization is None
+    trainer = RlTrainer(model, processor, rl, profile.prompt, args, exact)
     trainer.add_callback(Whole())
     play = SelfPlay(trainer, sampler, profile, folder)
     stopped = ""
     try:
-        trainer.learn(iterations(trainer, play, profile.rl, judge), last_checkpoint(folder))
-        play.evaluate(profile.rl.iterations)
+        trainer.learn(iterations(trainer, play, rl, judge), last_checkpoint(folder))
+        play.evaluate(rl.iterations)
     except OutOfBounds as reason:
         stopped = str(reason)
     if trainer.is_world_process_zero():

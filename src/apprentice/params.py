@@ -411,6 +411,9 @@ class Rl(Section):
     linear and critic know no group."""
     gae_lambda: Annotated[float, Field(ge=0, le=1)] = 0.9
     """How far linear and critic look ahead before they trust their own values; 1 waits for the episode's end."""
+    value_clip: PositiveFloat | None = None
+    """How far an iteration may move what linear and critic expect of a state from what they expected before, in
+    standard deviations of the return: PPO's value clipping, for a critic that is solved for. null: without bound."""
     anchor_weight: NonNegativeFloat = 1.0
     """Weight of the part of gigpo's advantages that compares steps at the same anchor."""
     temperature: PositiveFloat = 1.0

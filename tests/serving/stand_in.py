@@ -115,6 +115,7 @@ def serve() -> None:
 
         def answer(self, content, status=200):
             self.send_response(status)
+            self.send_header("Content-Type", "application/json")
             self.end_headers()
             self.wfile.write(json.dumps(content).encode())
 

@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 class Sampler(Protocol):
     """Takes the trainer's weights and plays with them. Its replies carry an `episode.Sampled`, wherever drawn."""
 
-    exact: bool
-    """Its log-probabilities are the trainer's own, but for the rounding of float32."""
     apart: bool
     """It can play while the trainer works."""
     shows_hidden: bool
@@ -55,18 +53,21 @@ class InProcessSampler:
     apart, shows_hidden = False, True
 
     def __init__(self, model: "Qwen3VLForConditionalGeneration", processor: "Qwen3VLProcessor"):
-        """model: the base model once more."""
+        """model: the base model once more, whole where the one that is trained is quantized."""
         self.model, self.processor = model, processor
-        self.exact = model.dtype == torch.float32
+        self._whole: dict[str, torch.Tensor] = {}
         narrow(model)
 
     @torch.no_grad()
     def update(self, model: PeftModel, version: int) -> None:
         """Merge the adapter's weights into the copy; it answers a third faster so."""
+        quantized = getattr(model.get_base_model(), "is_loaded_in_4bit", False)
         for name, module in model.get_base_model().named_modules():
             if isinstance(module, LoraLayer):
-                weight = module.get_base_layer().weight
-                self.model.get_submodule(name).weight.copy_(weight + module.get_delta_weight("default"))
+                mine, weight = self.model.get_submodule(name).weight, module.get_base_layer().weight
+                if quantized:
+                    weight = self._whole.setdefault(name, mine.clone())
+                mine.copy_(weight + module.get_delta_weight("default"))
 
     def policy(self, temperature: float, max_tokens: int, random_seed: int, place: int) -> InProcess:
         return InProcess("student", self.model, self.processor, temperature, max_tokens, random_seed)
@@ -84,7 +85,7 @@ class InProcessSampler:
 class VllmSampler:
     """vLLM servers, which all ranks use. An update is an adapter in a folder of its own, under a name of its own."""
 
-    exact = shows_hidden = False
+    shows_hidden = False
 
     def __init__(
         self,
