@@ -257,7 +257,7 @@ def held() -> bool:
     if not gpus.used():
         return False
     torch.cuda.empty_cache()
-    return torch.cuda.memory_allocated() > 1 << 30
+    return torch.cuda.memory_allocated() > 4 << 30
 
 
 def profile_of(size: str) -> params.Profile:
@@ -323,8 +323,7 @@ def sft(size: str, top: Path, changes: dict, steps: int) -> Iterator[dict]:
     profile = profile.model_copy(update={"sft": profile.sft.model_copy(update=changes)})
     lora, processor = profile.sft.lora, sizes.processor(profile.prompt)
     rows = batch_of(profile, processor, micro)
-    if gpus.used():
-        torch.cuda.reset_peak_memory_stats()
+    before = measured_from_here()
     unlike = {"max_steps": steps, "eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False}
     unlike |= {"dataloader_num_workers": 0, "dataloader_persistent_workers": False, "disable_tqdm": True}
     with mock.patch("trl.SFTConfig", lambda **settings: SFTConfig(**settings | unlike)):
@@ -354,7 +353,11 @@ def sft(size: str, top: Path, changes: dict, steps: int) -> Iterator[dict]:
     seconds = (ends[-1] - ends[1]) / (len(ends) - 2)  # the first two warm up
     tokens = int(rows["attention_mask"].sum())
     share = flops(model.config, rows, lora.vision) / seconds / peak()
-    yield {"tokens": tokens / seconds, "mfu": share, "memory": memory()}
+    try:
+        yield {"tokens": tokens / seconds, "mfu": share, "memory": memory() - before}
+    finally:  # DeepSpeed keeps the model that it was given
+        for parameter in trainer.model.parameters():
+            parameter.data = parameter.data.new_empty(0)
 
 
 def flops(config, rows: dict[str, torch.Tensor], vision: bool) -> float:
@@ -399,8 +402,16 @@ def finished() -> None:
         torch.cuda.synchronize()
 
 
+def measured_from_here() -> float:
+    """`memory` begins anew; returns what is held of the GPU already, GiB."""
+    if not gpus.used():
+        return 0.0
+    torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.memory_allocated() / 2**30
+
+
 def memory() -> float:
-    """The most that was held at a time, GiB: of the GPU since the last reset, of the process on a processor."""
+    """The most that was held at a time, GiB: of the GPU, or of the process on a processor."""
     if gpus.used():
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
@@ -415,8 +426,7 @@ def play_here(size: str, batches: tuple[int, ...]) -> Iterator[dict]:
     model = student(size, profile.dtype)
     narrow(model)
     for batch in batches:
-        if gpus.used():
-            torch.cuda.reset_peak_memory_stats()
+        measured_from_here()
         policy = InProcess("student", model, sizes.processor(profile.prompt), 1.0, profile.sampling.max_tokens)
         yield {"decisions": rate(policy, batch, 3, profile.prompt), "memory": memory()}
 
@@ -472,8 +482,7 @@ def rl(size: str, top: Path, serving: str) -> Iterator[dict]:
     with open("params.yaml", "w") as file:
         yaml.dump(tree, file)
     Path("compute.yaml").write_text(f"vllm: {{use: {serving}}}\n")
-    if gpus.used():
-        torch.cuda.reset_peak_memory_stats()
+    measured_from_here()
     with mock.patch("apprentice.files.digest", lambda path: "measured"), clocked() as spent:
         stage.main()
     if "whole" not in spent:
