@@ -106,6 +106,118 @@ def test_a_reply_that_cannot_be_read_has_a_reason_and_no_actions(message, why):
     assert len(parsed.invalid) < 100
 
 
+ARGUMENTS = {"actions": ["do"]}
+ELSEWHERE = {
+    "an older API's": {"content": None, "function_call": {"name": "act", "arguments": json.dumps(ARGUMENTS)}},
+    "bare": {"tool_calls": [{"name": "act", "arguments": ARGUMENTS}]},
+    "bare, with text": {"tool_calls": [{"id": "1", "name": "act", "arguments": json.dumps(ARGUMENTS)}]},
+    "one instead of a list": {"tool_calls": called(ARGUMENTS)["tool_calls"][0]},
+    "Anthropic's part": {
+        "content": [{"type": "text", "text": "So."}, {"type": "tool_use", "name": "act", "input": ARGUMENTS}]
+    },
+    "Gemini's part": {"content": [{"functionCall": {"name": "act", "args": ARGUMENTS}}]},
+    "an item of the Responses API": {
+        "content": [
+            {"type": "reasoning", "summary": [{"type": "summary_text", "text": hermes("sleep")}]},
+            {"type": "function_call", "call_id": "1", "name": "act", "arguments": json.dumps(ARGUMENTS)},
+        ]
+    },
+    "its output": {"output": [{"type": "function_call", "name": "act", "arguments": json.dumps(ARGUMENTS)}]},
+    "custom": {"tool_calls": [{"type": "custom", "custom": {"name": "act", "input": json.dumps(ARGUMENTS)}}]},
+}
+
+
+@pytest.mark.parametrize("form", ELSEWHERE)
+def test_a_call_in_another_form_is_the_one_call_that_it_is(form):
+    message = {"role": "assistant"} | ELSEWHERE[form]
+    plain = prompt.plain(message)
+    assert prompt.parse(message) == prompt.parse(plain) == prompt.Parsed(("do",))
+    assert [call["function"]["name"] for call in plain["tool_calls"]] == ["act"]
+    assert set(plain) == {"role", "content", "tool_calls"}
+
+
+@pytest.mark.parametrize(
+    ("text", "form"),
+    [
+        ('[TOOL_CALLS][{"name": "act", "arguments": {"actions": ["do"]}}]', "Mistral's"),
+        ("<function=act><parameter=actions>do</parameter></function>", "<function=…>"),
+        ('<|python_tag|>{"name": "act"}', "Llama's"),
+        ("<｜tool▁calls▁begin｜>act", "DeepSeek's"),
+        ("<|channel|>commentary to=functions.act", "gpt-oss's"),
+    ],
+)
+def test_a_call_that_the_server_should_have_read_is_refused_by_its_form(text, form):
+    parsed = prompt.parse(said(text))
+    assert not parsed.actions and parsed.invalid.startswith("no tool call, but ") and form in parsed.invalid
+
+
+OPENED = ["<think>", "<thinking>", "[THINK]", "<Think>", "<thought>", "<seed:think>", "◁think▷", "<|begin_of_thought|>"]
+
+
+@pytest.mark.parametrize("opened", OPENED)
+def test_what_is_only_thought_is_neither_done_nor_said(opened):
+    closed = "<|end_of_thought|>" if "_of_" in opened else f"{opened[0]}/{opened[1:]}"
+    thought = f"maybe {hermes('sleep')} or <tool_call>, "
+    for text, actions, words in (
+        (f"{opened}{thought}{closed}Go. {hermes('do')}", ("do",), "Go. "),
+        (f"{thought}{closed}Go. {hermes('do')}", ("do",), "Go. "),  # a template has opened it
+        (f"{hermes('sleep')} no{closed}Go. {hermes('do')}", ("do",), "Go. "),
+        (f"{opened}{thought}{closed}Go.", (), "Go."),
+        (f"{thought}{closed}Go.", (), "Go."),
+        (f"{opened}{thought}", (), ""),
+        (f"Hm. {opened}{thought}{closed}Go. {opened}{thought}{closed}{hermes('do')}", ("do",), "Hm. Go. "),
+    ):
+        parts = [{"type": "text", "text": part} for part in re.split(r"(?<=,)", text)]
+        for message in (said(text), said(parts)):
+            assert prompt.parse(message).actions == actions
+            assert prompt.said(message).split("<tool_call>")[0] == words
+
+
+def test_a_word_about_thinking_after_the_call_takes_nothing_back():
+    assert prompt.parse(said(hermes("do") + " (no </think> here)")).actions == ("do",)
+
+
+def test_a_call_that_is_quoted_beside_another_is_none():
+    quoted = f"```\n{hermes('sleep')}\n```\n"
+    assert prompt.parse(said(f"{quoted}is how; now: {hermes('do')}")).actions == ("do",)
+    assert prompt.parse(said(quoted)).actions == ("sleep",)
+
+
+WORDS_ONLY = {
+    "text": "Wood first.",
+    "parts": [{"type": "text", "text": "Wood "}, {"type": "text", "text": "first."}],
+    "texts": ["Wood ", "first."],
+    "a part": {"type": "text", "text": "Wood first."},
+    "of the Responses API": [{"type": "output_text", "text": "Wood first.", "annotations": []}],
+    "its message": [
+        {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "Wood first."}]}
+    ],
+    "a text with a value": [{"type": "text", "text": {"value": "Wood first."}}],
+    "after a thinking part": [
+        {"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]},
+        {"type": "text", "text": "Wood first."},
+    ],
+    "after redacted thinking": [{"type": "redacted_thinking", "data": "x"}, {"type": "text", "text": "Wood first."}],
+    "after reasoning": [{"type": "reasoning_text", "text": "hm"}, {"type": "text", "text": "Wood first."}],
+    "after thinking aloud": "<think>hm</think>Wood first.",
+}
+
+
+@pytest.mark.parametrize("how", WORDS_ONLY)
+def test_words_are_words_in_whatever_form(how):
+    message = called(ARGUMENTS) | {"content": WORDS_ONLY[how], "reasoning_content": "hm"}
+    plain = prompt.plain(message)
+    assert prompt.said(message) == prompt.said(plain) == "Wood first."
+    assert isinstance(plain["content"], str)
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning"])
+def test_reasoning_beside_a_silent_call_is_its_reason_and_beside_nothing_it_is_none(name):
+    assert prompt.plain(called(ARGUMENTS) | {name: "Wood first."})["content"] == "Wood first."
+    assert prompt.plain(said(None) | {name: hermes("do")}) == said(None)
+    assert prompt.parse(said(None) | {name: hermes("do")}).invalid == "no tool call"
+
+
 def test_more_actions_than_allowed_are_refused_as_a_whole():
     message = prompt.answer(["do"] * 3)
     assert prompt.parse(message).actions == ("do",) * 3
@@ -149,6 +261,8 @@ MESSAGES = st.fixed_dictionaries(
 @given(ANYTHING | MESSAGES, st.none() | st.integers(1, 20))
 def test_no_message_raises(message, max_actions):
     parsed = prompt.parse(message, max_actions)
+    if isinstance(message, dict):
+        assert prompt.parse(prompt.plain(message), max_actions) == parsed
     assert bool(parsed.actions) != bool(parsed.invalid)
     assert set(parsed.actions) <= set(ACTIONS)
     parsed.invalid.encode()  # so that it can be stored

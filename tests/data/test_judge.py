@@ -98,7 +98,11 @@ BROKEN = [
     Answer(status=500, body="down"),
     Answer(status=429, body="slow down", headers={"Retry-After": "0"}),
     Answer(cut=0),
+    Answer(completion({"role": "assistant", "content": "A fine"}, "error")),
+]
+UNREADABLE = [
     Answer(completion({"role": "assistant", "content": "A fine game."})),
+    Answer(completion({"role": "assistant", "content": '<think>{"outcome": 9}'}, "length")),
     Answer(completion({"role": "assistant", "content": None, "refusal": "I don't judge"})),
     Answer(completion({"role": "assistant", "content": '{"outcome": "ten"}'})),
     Answer(completion({"role": "assistant", "content": "[" * 100_000 + "{}"})),
@@ -112,18 +116,58 @@ BROKEN = [
 
 @pytest.mark.parametrize("answer", BROKEN, ids=range(len(BROKEN)))
 def test_what_fails_is_no_score_and_is_asked_again_next_time(episodes, answer):
+    with Server(lambda request: answer) as server:
+        one = settings(server, endpoint={"concurrency": 1})
+        (verdict,) = judge.scores(episodes[:1], one)
+        assert verdict.score is None and verdict.why_not
+        asked = len(server.requests)
+        server.answer = lambda request: marks(7)
+        assert [v.score for v in judge.scores(episodes[:2], one)] == [0.7, 0.7]
+        assert len(server.requests) == asked + 2
+
+
+@pytest.mark.parametrize("answer", UNREADABLE, ids=range(len(UNREADABLE)))
+def test_an_answer_without_marks_is_no_score_and_is_kept_for_it_was_paid_for(episodes, answer):
     with Server([answer, marks(7)]) as server:
-        first, second = judge.scores(episodes[:2], settings(server, endpoint={"concurrency": 1}))
-        assert first.score is None and first.why_not
-        assert second.score == 0.7
-        assert [v.score for v in judge.scores(episodes[:2], settings(server))] == [0.7, 0.7]
-        assert len(server.requests) == 3
+        one = settings(server, endpoint={"concurrency": 1})
+        for _ in range(2):
+            first, second = judge.scores(episodes[:2], one)
+            assert first.score is None and "judge.endpoint" in first.why_not
+            assert second.score == 0.7
+        assert len(server.requests) == 2
 
 
-def test_marks_may_come_as_text(episodes):
-    said = 'I think:\n```json\n{"outcome": 8}\n```'
-    with Server([Answer(completion({"role": "assistant", "content": said}))]) as server:
-        assert judge.scores(episodes[:1], settings(server))[0].score == 0.8
+TEXTS = {
+    "in a fence with words around": ('I think:\n```json\n{"outcome": 8}\n```', 0.8),
+    "after thinking of others": ('<think>{"outcome": 2}? {weigh}</think>{"outcome": 8}', 0.8),
+    "after thinking that a template has opened": ('first {"outcome": 2} hm</think>\n{"outcome": 8}', 0.8),
+    "only thought of": ('<think>{"outcome": 2}', None),
+    "with a brace after it": ('{"outcome": 8} (10 is {perfect})', 0.8),
+    "with a brace before it": ('Of {all} games: {"outcome": 8}', 0.8),
+    "corrected": ('{"outcome": 2} no, {"outcome": 8}', 0.8),
+    "within an object": ('{"marks": {"outcome": 8}}', 0.8),
+    "as a call in the text": ('<tool_call>{"name": "score", "arguments": {"outcome": 8}}</tool_call>', 0.8),
+    "in parts": ([{"type": "thinking", "thinking": '{"outcome": 2}'}, {"type": "text", "text": '{"outcome": 8}'}], 0.8),
+    "a list": ("[8]", None),
+}
+
+
+@pytest.mark.parametrize("how", TEXTS)
+def test_marks_may_come_as_text(how):
+    content, score = TEXTS[how]
+    one = Judge(endpoint=Endpoint(model="m", api_key_env=None))
+    if score is None:
+        with pytest.raises(ValueError, match="has no marks"):
+            judge.score({"role": "assistant", "content": content}, one)
+    else:
+        assert judge.score({"role": "assistant", "content": content}, one) == score
+
+
+def test_marks_in_reasoning_beside_the_answer_do_not_count():
+    one = Judge(endpoint=Endpoint(model="m", api_key_env=None))
+    message = {"role": "assistant", "content": None, "reasoning_content": '{"outcome": 2}'}
+    with pytest.raises(ValueError, match="has no marks"):
+        judge.score(message, one)
 
 
 def test_a_judge_that_is_not_there_scores_nothing(episodes):

@@ -21,13 +21,12 @@ from pathlib import Path
 
 import pytest
 from endpoint import NOOP, Answer, Server, call, completion, playing
-from openai._models import FinalRequestOptions
 from ruamel.yaml import YAML
 
 from apprentice import prompt, store
 from apprentice.cache import cache_folder
 from apprentice.endpoint import prices
-from apprentice.endpoint.client import Client, Completion
+from apprentice.endpoint.client import Client, Completion, pause_before
 from apprentice.episode import Episode
 from apprentice.errors import ConfigError, NoAnswer, WorkError
 from apprentice.params import Endpoint, Price, Prompt, Teacher
@@ -186,11 +185,8 @@ def test_pauses_grow_and_no_two_clients_pause_alike():
 
 
 def test_an_endpoint_that_dies_for_a_minute_is_waited_for():
-    settings = Endpoint(model="m", api_key_env="TEST_KEY")
-    client = Client(settings, "x")._openai
-    request = FinalRequestOptions(method="post", url="/")
-    pauses = [client._calculate_retry_timeout(left, request) for left in range(settings.max_retries, 0, -1)]
-    assert sum(pauses) > 60
+    retries = Endpoint(model="m", api_key_env="TEST_KEY").max_retries
+    assert sum(pause_before(retry) for retry in range(1, retries + 1)) > 60
     with Server(lambda request: playing(request.body, 0.05)) as server:
         port, was = server.port, teacher(server, max_steps=20)
         undisturbed = recorded(was)

@@ -82,7 +82,7 @@ def meaning(status: int, data: Any, endpoint: Endpoint, whose: str, body: dict[s
     if status < 500 and status != 429 and _FILTER.search(text):
         return Filtered(said)
     if status == 402 or _MONEY.search(text):
-        return OutOfMoney(f"{whose}: the account of {endpoint.base_url} has no credit left ({where}): {said}")
+        return OutOfMoney(f"{whose}: the account of {endpoint.base_url} has no credit left: {said}")
     if status in (401, 403) or (status == 400 and _KEY.search(text)):
         variable = endpoint.api_key_env or "no key (api_key_env is null)"
         return ConfigError(f"{whose}: {endpoint.base_url} refuses {variable} with {where}: {said}")
