@@ -71,10 +71,10 @@ def too_long(name: str, survey: str, profile: params.Profile, where: str) -> int
     fit = fitting(known, profile)
     if not fit.any():
         raise WorkError(
-            f"sft: {DATA[name]} has no row of at most {profile.sft.max_length} tokens, {profile.sampling.max_tokens} "
-            f"of them the answer; the shortest row has {min(known.lengths, default=0)}, the shortest answer "
-            f"{min(known.answers, default=0)}: raise {where}.sft.max_length or {where}.sampling.max_tokens, or show "
-            f"less by {where}.prompt"
+            f"sft: {DATA[name]} has no row of at most {profile.sft.max_length} tokens, the shortest has "
+            f"{min(known.lengths, default=0)}, with an answer of at most {profile.sampling.max_tokens}, the shortest "
+            f"has {min(known.answers, default=0)}: raise {where}.sft.max_length or {where}.sampling.max_tokens, or "
+            f"show less by {where}.prompt"
         )
     return int((~fit).sum())
 

@@ -560,6 +560,57 @@ def test_an_invalid_reply_that_the_filter_keeps_is_still_no_row_to_learn(rows, c
     assert not any(r"\"actions\": []" in text for text in texts)
 
 
+def test_what_the_students_play_would_refuse_is_no_row_to_learn(rows, checkout):
+    two, thinking = prompt.answer(["do", "do"]), prompt.answer(["do"], "<tool_call> is what I write")
+    odd = [{"messages": [user("look"), reply]} for reply in (two, two, thinking)]
+    write(checkout / "friends.jsonl", *rows, *odd)
+    tree = yaml.load((checkout / "params.yaml").read_text())
+    tree |= {"teachers": {}, "imports": {"friends": {"file": "friends.jsonl"}}}
+    tree["filter"]["deduplicate"] = False
+    with (checkout / "params.yaml").open("w") as file:
+        yaml.dump(tree, file)
+    for name in (["import", "friends"], ["filter"]):
+        stage(checkout, *name)
+    said = stage(checkout, "split")
+    assert "2 replies are left out" in said and "2 × 2 actions asked for, at most 1 allowed" in said
+    metrics = json.loads((checkout / "metrics/split.json").read_text())
+    assert metrics["unplayable_left_out"] == 2
+    answers = [
+        json.loads(line)["messages"][-1]
+        for name in ("train", "val")
+        for line in (checkout / f"data/sft/{name}.jsonl").open()
+    ]
+    assert len(answers) == len(rows) + 1
+    assert not any(prompt.parse({"content": prompt.spoken(answer)}, 1).invalid for answer in answers)
+
+
+def test_where_play_would_refuse_all_the_error_says_what_to_raise(rows, checkout):
+    two = [row | {"messages": [*row["messages"][:-1], prompt.answer(["do", "do"])]} for row in rows]
+    write(checkout / "friends.jsonl", *two)
+    tree = yaml.load((checkout / "params.yaml").read_text())
+    tree |= {"teachers": {}, "imports": {"friends": {"file": "friends.jsonl"}}}
+    with (checkout / "params.yaml").open("w") as file:
+        yaml.dump(tree, file)
+    for name in (["import", "friends"], ["filter"]):
+        stage(checkout, *name)
+    done = run(checkout, str(ROOT / "stages/split.py"))
+    assert done.returncode == 1 and "raise profiles.tiny.prompt.max_actions" in done.stderr, done.stderr
+
+
+def test_what_spells_a_special_token_is_plain_letters_in_the_rows(rows, checkout):
+    odd = {"messages": [user("a<|im_end|>b", picture(url())), prompt.answer(["do"], "x<|im_start|>y")]}
+    write(checkout / "friends.jsonl", *rows, odd)
+    tree = yaml.load((checkout / "params.yaml").read_text())
+    tree |= {"teachers": {}, "imports": {"friends": {"file": "friends.jsonl"}}}
+    tree["split"]["include_rationale"] = True
+    with (checkout / "params.yaml").open("w") as file:
+        yaml.dump(tree, file)
+    for name in (["import", "friends"], ["filter"], ["split"]):
+        stage(checkout, *name)
+    text = (checkout / "data/sft/train.jsonl").read_text()
+    assert "a< |im_end|>b" in text and "x< |im_start|>y" in text and "<|" not in text
+
+
 def test_rows_without_seeds_alone_cannot_be_split_and_the_error_says_why(checkout):
     write(checkout / "friends.jsonl", *({"messages": [user(str(number)), NOOP]} for number in range(9)))
     tree = yaml.load((checkout / "params.yaml").read_text())
@@ -615,6 +666,15 @@ def test_comments_of_the_parameters_survive(tmp_path):
     changed = [(b, a) for b, a in zip(path.read_text().splitlines(), lines, strict=True) if a != b]
     ((before, after),) = changed
     assert before.startswith("imports: {}") and after.startswith("imports: {friends: {file: chats.jsonl}}")
+
+
+def test_worlds_of_rls_evaluation_are_not_taught(rows, checkout):
+    kept = rows[0] | {"metadata": rows[0]["metadata"] | {"seed": "310000.0"}}
+    write(checkout / "friends.jsonl", kept, *rows[1:3])
+    done = apprentice(checkout, "import", "friends.jsonl")
+    assert done.returncode == 0 and f"1 × {KEPT}" in done.stdout, done.stderr
+    stage(checkout, "import", "friends")
+    assert json.loads((checkout / "metrics/imports/friends.json").read_text())["lines"][KEPT] == 1
 
 
 def test_a_missing_file_is_named_by_the_stage_with_code_2(checkout):

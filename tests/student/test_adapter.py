@@ -12,7 +12,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from apprentice.data.chat_rows import row
 from apprentice.errors import ConfigError, WorkError
-from apprentice.params import Architecture, HubStudent, Pretraining, TinyStudent
+from apprentice.params import Architecture, HubStudent, Lora, Pretraining, TinyStudent
 from apprentice.play import Spec, play
 from apprentice.players.scripted import Scripted
 from apprentice.student import adapter, loading
@@ -183,3 +183,48 @@ def test_an_adapter_trained_on_four_bits_is_merged_into_the_base_as_it_was(top, 
     assert not hasattr(merged.config, "quantization_config")
     both = logits(PeftModel.from_pretrained(base, "models/qlora"), inputs)
     torch.testing.assert_close(logits(merged, inputs), both, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "targets",
+    ["all-linear", ("q_proj", "v_proj"), ("attn.proj", "linear_fc1"), ("layers.0.mlp.up_proj",), r".*\.[qk]_proj"],
+)
+def test_linear_layers_can_be_adapted(tiny_folder, targets):
+    adapter.check_targets(tiny_folder, Lora(target_modules=targets), "lora")
+
+
+@pytest.mark.parametrize(
+    ("targets", "said"),
+    [
+        (("q_proj", "embed_tokens"), "'embed_tokens' names .*embed_tokens, which is no linear layer but a Embedding"),
+        (("patch_embed.proj",), "patch_embed.proj, which is no linear layer but a Conv3d"),
+        (("proj",), "names model.visual.patch_embed.proj"),
+        (("pos_embed",), "is no linear layer but a Embedding"),
+        (("mlp",), "is no linear layer but a "),
+        (("input_layernorm",), "is no linear layer but a "),
+        (("lm_head",), "'lm_head' names lm_head, which scores the words"),
+        (".*", "names "),
+        (("q_prj",), "no layer is called 'q_prj'; linear ones are .*q_proj.*all-linear"),
+        (("q_proj", "typo"), "no layer is called 'typo'"),
+        ("q_proj", r"no layer is called 'q_proj'.*write \[q_proj\]"),
+        ("*_proj", "no regular expression"),
+    ],
+)
+def test_a_layer_that_cannot_be_adapted_is_refused_with_the_reason(tiny_folder, targets, said):
+    with pytest.raises(ConfigError, match=said) as raised:
+        adapter.check_targets(tiny_folder, Lora(target_modules=targets), "profiles.x.sft.lora")
+    assert str(raised.value).startswith("profiles.x.sft.lora.target_modules: ")
+
+
+def test_without_the_tower_its_layers_are_none_to_adapt(tiny_folder):
+    with pytest.raises(ConfigError, match="no layer is called 'qkv'"):
+        adapter.check_targets(tiny_folder, Lora(target_modules=("qkv",), vision=False), "lora")
+
+
+def test_shared_weights_are_found_where_a_linear_layer_has_them(tiny_folder, monkeypatch):
+    shared = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    shared[1].weight = shared[0].weight
+    shared.get_output_embeddings = lambda: None
+    monkeypatch.setattr("transformers.AutoModelForImageTextToText.from_config", lambda config: shared)
+    with pytest.raises(ConfigError, match="'0' names 0, which has its weights in common"):
+        adapter.check_targets(tiny_folder, Lora(target_modules=("0",)), "lora")
