@@ -19,11 +19,13 @@ def main() -> None:
     """Write metrics/report.html."""
     settings = params.load()
 
+    from apprentice.files import replacing
     from apprentice.results import report
 
     data = report.gather(settings)
     page = Path("metrics/report.html")
-    page.write_text(report.page(data))
+    with replacing(page) as unfinished:
+        unfinished.write_text(report.page(data))
     worlds = ", ".join(str(world["seed"]) for world in data["replays"]["worlds"])
     print(f"report: {page}, {page.stat().st_size / 1e6:.1f} MB; replays of the worlds {worlds}")
 

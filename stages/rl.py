@@ -92,10 +92,15 @@ def train(
         sampler = VllmSampler(servers, processor, folder / "policies", probe, profile.sampling.max_tokens, sleeping)
     else:
         sampler = InProcessSampler(loading.load(BASE, dtype=profile.dtype)[0], processor)
+<<<<<<< HEAD
     exact = not servers and profile.dtype == "float32" and rl.quantization is None
     trainer = RlTrainer(model, processor, rl, profile.prompt, args, exact)
     trainer.add_callback(Whole())
+=======
+    trainer = RlTrainer(model, processor, profile.rl, profile.prompt, args, sampler.exact)
+>>>>>>> h-dvc
     play = SelfPlay(trainer, sampler, profile, folder)
+    trainer.add_callback(Whole(play.kept))
     stopped = ""
     try:
         trainer.learn(iterations(trainer, play, rl, judge), last_checkpoint(folder))
@@ -205,7 +210,6 @@ def arguments(profile: params.Profile, folder: Path, rows: int, accumulation: in
         entropy_coef=rl.entropy_coefficient,
         loss_type="dapo",  # every token of an iteration weighs the same, whatever the ranks and their batches
         save_steps=rl.epochs * batches,
-        save_total_limit=2,
         logging_steps=rl.epochs * batches,
         ignore_data_skip=True,
         bf16=profile.dtype == "bfloat16",
@@ -229,20 +233,20 @@ def write(
     stopped: str,
 ) -> None:
     """The best adapter with its card, some rollouts, plots and metrics."""
-    from apprentice.files import replacing
+    from apprentice.files import SEAL, replacing
     from apprentice.training import rollouts
     from apprentice.training.self_play import evaluations
 
     held_out = evaluations(folder)
     best = max(held_out, key=lambda evaluation: evaluation["achievements"])
+    metrics = metrics_of(history, held_out, best, judge, stopped)
     with replacing(OUT) as out:
         kept = folder / "evaluated" / str(best["iteration"])
-        shutil.copytree(kept, out, ignore=shutil.ignore_patterns("evaluation.json"))
+        shutil.copytree(kept, out, ignore=shutil.ignore_patterns("evaluation.json", SEAL))
+        write_card(out, processor, profile, best["iteration"], metrics)
     rollouts.join(sorted(folder.glob("rollouts/*.parquet")), ROLLOUTS)
     write_plots(history, held_out, profile.rl)
-    metrics = metrics_of(history, held_out, best, judge, stopped)
     write_metrics("rl", metrics)
-    write_card(processor, profile, best["iteration"], metrics)
     if stopped:
         print(f"rl: STOPPED EARLY: {stopped}; models/rl is the best adapter until then")
     print(
@@ -282,7 +286,9 @@ def metrics_of(history: list[dict], held_out: list[dict], best: dict, judge: par
     return metrics
 
 
-def write_card(processor: "Qwen3VLProcessor", profile: params.Profile, iterations: int, metrics: dict) -> None:
+def write_card(
+    folder: Path, processor: "Qwen3VLProcessor", profile: params.Profile, iterations: int, metrics: dict
+) -> None:
     """Make the adapter's folder complete: processor, model card."""
     from apprentice.student import adapter
 
@@ -296,7 +302,7 @@ def write_card(processor: "Qwen3VLProcessor", profile: params.Profile, iteration
         "Metrics": adapter.table(("metric", "value"), metrics.items()),
         "Settings": adapter.settings({"dtype": profile.dtype, **settings}),
     }
-    adapter.complete(OUT, processor, profile.student, sections)
+    adapter.complete(folder, OUT.name, processor, profile.student, sections)
 
 
 if __name__ == "__main__":

@@ -136,7 +136,6 @@ def arguments(profile: params.Profile, checkpoints: Path, rows: int, accumulatio
         eval_strategy="steps",
         eval_steps=sft.eval_steps,
         save_steps=sft.eval_steps,
-        save_total_limit=2,
         load_best_model_at_end=True,
         metric_for_best_model="eval_loss",
         logging_steps=25 if sft.eval_steps < 1 else min(sft.eval_steps, 25),
@@ -183,12 +182,10 @@ def write(
     left_out: int,
 ) -> None:
     """The adapter with its card, curves and metrics."""
-    from apprentice.files import remove
+    from apprentice.files import replacing
     from apprentice.student import adapter
     from apprentice.training import examples
 
-    remove(OUT)
-    trainer.model.save_pretrained(OUT, state_dict=weights)
     history = trainer.state.log_history
     columns = {"loss": "loss", "mean_token_accuracy": "token_accuracy", "learning_rate": "learning_rate"}
     write_curve("sft_train", history, columns)
@@ -208,7 +205,9 @@ def write(
         "Metrics": adapter.table(("metric", "value"), metrics.items()),
         "Settings": adapter.settings({"dtype": profile.dtype, "sft": profile.sft.model_dump(mode="json")}),
     }
-    adapter.complete(OUT, processor, profile.student, sections)
+    with replacing(OUT) as out:
+        trainer.model.save_pretrained(out, state_dict=weights)
+        adapter.complete(out, OUT.name, processor, profile.student, sections)
     print(
         f"sft: validation loss {best['eval_loss']:.3f} at step {best['step']} of {trainer.state.global_step}; "
         f"{left_out} rows were too long, or their answers, and left out"

@@ -12,6 +12,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))  # this checkout's, whatever is installed
 
 from apprentice import params
+<<<<<<< HEAD
+=======
+from apprentice.errors import WorkError
+from apprentice.files import replacing
+>>>>>>> h-dvc
 from apprentice.stage import run, write_metrics
 
 BASE = Path("models/base")
@@ -20,21 +25,35 @@ BASE = Path("models/base")
 def main() -> None:
     """Make models/base for the profile in use."""
     settings = params.load()
-    shutil.rmtree(BASE, ignore_errors=True)
-    metrics = hub(settings) if isinstance(settings.active.student, params.HubStudent) else tiny(settings)
+    make = hub if isinstance(settings.active.student, params.HubStudent) else tiny
+    with replacing(BASE) as folder:
+        metrics = make(settings, folder)
     write_metrics("student", metrics)
     print("student: " + ", ".join(f"{name} {value:.3g}" for name, value in metrics.items()))
 
 
+<<<<<<< HEAD
 def hub(settings: params.Params) -> dict:
     from apprentice.student.hub import download
 
     student = settings.active.student
     download(student.model, student.revision, BASE)
     return {"megabytes": sum(file.stat().st_size for file in BASE.rglob("*") if file.is_file()) / 1e6}
+=======
+def hub(settings: params.Params, folder: Path) -> dict:
+    from huggingface_hub import snapshot_download
+
+    student = settings.active.student
+    try:
+        snapshot_download(student.model, revision=student.revision, local_dir=folder)
+    except OSError as error:  # the hub's own errors are OSErrors
+        raise WorkError(f"student: {student.model} at {student.revision} cannot be downloaded: {error}") from None
+    shutil.rmtree(folder / ".cache", ignore_errors=True)
+    return {"megabytes": sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 1e6}
+>>>>>>> h-dvc
 
 
-def tiny(settings: params.Params) -> dict:
+def tiny(settings: params.Params, folder: Path) -> dict:
     from tqdm import tqdm
 
     from apprentice.student.loading import use_all_cores
@@ -60,8 +79,8 @@ def tiny(settings: params.Params) -> dict:
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
 
         pretraining.pretrain(model, processor, shown_with, seen, options, student.random_seed, progress)
-    model.save_pretrained(BASE)
-    processor.save_pretrained(BASE)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
     return {
         "parameters": model.num_parameters(),
         "vocabulary": len(tokens),

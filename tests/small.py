@@ -47,7 +47,10 @@ def checkout(top: Path, changes: dict) -> Path:
     for name in files:
         if (ROOT / name).is_file() and not name.startswith(("metrics/", "dvc.lock")):
             (top / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, top / name)
+            shutil.copy2(ROOT / name, top / name)
+    for compiled in (ROOT / "src").rglob("*.nb[ci]"):  # by numba, which takes them for files as old; it took 15 seconds
+        (top / compiled.relative_to(ROOT)).parent.mkdir(exist_ok=True)
+        shutil.copy2(compiled, top / compiled.relative_to(ROOT))
     tree = yaml.load((top / "params.yaml").read_text())
     for path, value in changes.items():
         *parents, key = path.split(".")

@@ -1,11 +1,12 @@
-"""Files that are there whole or not at all, their digests, and locks that processes wait for."""
+"""Files that are there whole or not at all, their digests and seals, and locks that processes wait for."""
 
 import fcntl
 import hashlib
+import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -44,6 +45,58 @@ def digest(path: Path) -> str:
             while chunk := data.read(1 << 20):
                 hashed.update(chunk)
     return hashed.hexdigest()
+
+
+SEAL = "whole.json"
+"""The file that marks a folder as whole: path from the folder → digest."""
+
+
+def seal(folder: Path, beside: Iterable[Path] = ()) -> None:
+    """Mark a folder as whole, with the digests of its files and of files beside it that it needs; all are on the disk
+    then, as no power cut can change any more."""
+    files = sorted({*_files(folder), *beside})
+    for file in files:
+        _sync(file)
+    with replacing(folder / SEAL) as path:
+        path.write_text(json.dumps({os.path.relpath(file, folder): digest(file) for file in files}, indent=1))
+        _sync(path)
+    for changed in sorted({folder, folder.parent, *(file.parent for file in files)}):
+        _sync(changed)
+
+
+def sealed(folder: Path) -> set[Path]:
+    """The files that a sealed folder needs, its own and those beside it."""
+    return {(folder / name).resolve() for name in json.loads((folder / SEAL).read_text())}
+
+
+def damage(folder: Path) -> str:
+    """The first file of a folder that is not as it was sealed, and why; empty where all are."""
+    try:
+        digests = json.loads((folder / SEAL).read_text())
+    except FileNotFoundError:
+        return f"{folder} was not finished"
+    except ValueError:
+        return f"{folder / SEAL} is damaged"
+    for name, known in digests.items():
+        file = Path(os.path.normpath(folder / name))
+        if not file.is_file():
+            return f"{file} is gone"
+        if digest(file) != known:
+            return f"{file} is {'damaged' if file.stat().st_size else 'empty'}"
+    return ""
+
+
+def _files(folder: Path) -> list[Path]:
+    return [file for file in folder.rglob("*") if file.is_file() and file != folder / SEAL]
+
+
+def _sync(path: Path) -> None:
+    """Have a file, or the names in a folder, written to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Episodes that were played, kept per user outside of DVC: killed, rerun or extended, nothing is done twice."""
 
 import sqlite3
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,10 +10,37 @@ from apprentice.cache import cache_folder
 from apprentice.errors import WorkError
 
 
-def opened(path: Path) -> sqlite3.Connection:
-    """A database of this name, made if it is not there; several processes may use it at once."""
+def opened(path: Path, begin_anew: bool = False) -> sqlite3.Connection:
+    """A database of this name, made if it is not there; several processes may use it at once.
+
+    A damaged one is moved aside. Then WorkError is raised, or a new one begun, with a message.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    return sqlite3.connect(path, timeout=60, isolation_level=None)
+    if path.exists() and not path.stat().st_size:
+        why = "a kill came before anything was in it, or a power cut has emptied it"
+        print(f"{path} is empty, and begun anew: {why}", file=sys.stderr, flush=True)
+    db = sqlite3.connect(path, timeout=60, isolation_level=None)
+    if _sound(db):
+        return db
+    db.close()
+    aside = next(name for number in range(1, 1000) if not (name := Path(f"{path}.damaged-{number}")).exists())
+    for part in ("", "-wal", "-journal", "-shm"):
+        if Path(f"{path}{part}").exists():
+            Path(f"{path}{part}").rename(f"{aside}{part}")
+    message = f"{path} was damaged, and is now {aside}; `sqlite3 {aside} .recover` prints what can be read of it"
+    if not begin_anew:
+        raise WorkError(f"{message}. Run the same command again to begin anew: what was paid for is paid for again")
+    print(f"{message}. What it lacks is played again", file=sys.stderr, flush=True)
+    return opened(path)
+
+
+def _sound(db: sqlite3.Connection) -> bool:
+    try:
+        return db.execute("PRAGMA quick_check(1)").fetchone() == ("ok",)
+    except sqlite3.OperationalError:
+        raise  # it's locked, or the disk is broken
+    except sqlite3.DatabaseError:
+        return False
 
 
 def write(db: sqlite3.Connection, path: Path, statement: str, values: tuple = ()) -> None:
@@ -47,7 +75,7 @@ class Ledger:
 
     def __init__(self, fingerprint: str):
         self._path = cache_folder() / "episodes" / f"{fingerprint}.sqlite"
-        self._db = opened(self._path)
+        self._db = opened(self._path, begin_anew=True)
         write(self._db, self._path, "CREATE TABLE IF NOT EXISTS episodes (key TEXT PRIMARY KEY, data BLOB NOT NULL)")
 
     def __enter__(self) -> "Ledger":

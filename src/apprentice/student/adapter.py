@@ -71,11 +71,12 @@ def check_targets(base: Path, lora: Lora, key: str) -> None:
 
 
 def complete(
-    folder: Path, processor: "Qwen3VLProcessor", student: HubStudent | TinyStudent, sections: dict[str, str]
+    folder: Path, name: str, processor: "Qwen3VLProcessor", student: HubStudent | TinyStudent, sections: dict[str, str]
 ) -> None:
     """Make what PEFT has saved a folder that transformers, PEFT and vLLM load as it is.
 
-    sections: of the card, by heading, beside how to load the adapter.
+    name: of the stage, and of the folder under models/. sections: of the card, by heading, beside how to load the
+    adapter.
     """
     processor.save_pretrained(folder)
     file = folder / "adapter_config.json"
@@ -95,12 +96,12 @@ def complete(
     about = (
         f"A LoRA adapter for `{base}`{f' at revision `{revision}`' if revision else ''} that plays "
         "[Crafter](https://github.com/danijar/crafter): it is shown the world and calls the tool `act`. Made by the "
-        f"stage `{folder.name}` of apprentice; the commit is the one whose dvc.lock has this folder."
+        f"stage `{name}` of apprentice; the commit is the one whose dvc.lock has this folder."
     )
-    use = _use(folder.name, base, revision, config["r"], tower=config["exclude_modules"] is None)
-    made_with = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "trl", "peft"))
+    use = _use(name, base, revision, config["r"], tower=config["exclude_modules"] is None)
+    made_with = ", ".join(f"{one} {version(one)}" for one in ("torch", "transformers", "trl", "peft"))
     sections = {"Use": use, **sections, "Made with": made_with}
-    write_card(folder, front, f"apprentice, {folder.name}", about, sections)
+    write_card(folder, front, f"apprentice, {name}", about, sections)
 
 
 def named(student: HubStudent | TinyStudent) -> tuple[str, str | None]:

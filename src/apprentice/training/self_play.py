@@ -19,7 +19,7 @@ from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 
 from apprentice.episode import Episode
-from apprentice.files import replacing
+from apprentice.files import damage, replacing, seal
 from apprentice.ledger import Ledger
 from apprentice.params import Profile, Reward
 from apprentice.play import Spec
@@ -75,7 +75,7 @@ class SelfPlay:
     def evaluate(self, iteration: int) -> None:
         """Play the held-out worlds after so many iterations; keep the adapter with what it got there."""
         folder = self.folder / "evaluated" / str(iteration)
-        if folder.exists():
+        if not damage(folder):
             return  # before a kill
         episodes = self._play("evaluation", iteration, list(self.rl.evaluation.seeds))()
         if not self._first:
@@ -90,6 +90,15 @@ class SelfPlay:
         with replacing(folder) as path:
             self._model.save_pretrained(path, selected_adapters=["default"])
             (path / "evaluation.json").write_text(json.dumps(found))
+            seal(path)
+
+    def kept(self) -> list[Path]:
+        """The files beside a checkpoint that the iterations after it, and the end, read."""
+        following = self.trainer.iteration
+        whole = [*self.folder.glob("evaluated/[0-9]*/*"), *self.folder.glob("rollouts/[0-9]*")]
+        earlier = [file for file in whole if int(file.relative_to(self.folder).parts[1].partition(".")[0]) < following]
+        critic, ahead = self.folder / "critics" / f"{following - 1}.npy", self.folder / "ahead" / str(following)
+        return [*earlier, *([critic] if critic.exists() else []), *ahead.glob("*")]
 
     @property
     def _model(self) -> PeftModel:
