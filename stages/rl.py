@@ -92,13 +92,8 @@ def train(
         sampler = VllmSampler(servers, processor, folder / "policies", probe, profile.sampling.max_tokens, sleeping)
     else:
         sampler = InProcessSampler(loading.load(BASE, dtype=profile.dtype)[0], processor)
-<<<<<<< HEAD
     exact = not servers and profile.dtype == "float32" and rl.quantization is None
     trainer = RlTrainer(model, processor, rl, profile.prompt, args, exact)
-    trainer.add_callback(Whole())
-=======
-    trainer = RlTrainer(model, processor, profile.rl, profile.prompt, args, sampler.exact)
->>>>>>> h-dvc
     play = SelfPlay(trainer, sampler, profile, folder)
     trainer.add_callback(Whole(play.kept))
     stopped = ""

@@ -5,18 +5,13 @@
 To this pipeline the tiny student is what a hub model is: it sees, it answers in form, it cannot play.
 """
 
-import shutil
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))  # this checkout's, whatever is installed
 
 from apprentice import params
-<<<<<<< HEAD
-=======
-from apprentice.errors import WorkError
 from apprentice.files import replacing
->>>>>>> h-dvc
 from apprentice.stage import run, write_metrics
 
 BASE = Path("models/base")
@@ -32,25 +27,12 @@ def main() -> None:
     print("student: " + ", ".join(f"{name} {value:.3g}" for name, value in metrics.items()))
 
 
-<<<<<<< HEAD
-def hub(settings: params.Params) -> dict:
+def hub(settings: params.Params, folder: Path) -> dict:
     from apprentice.student.hub import download
 
     student = settings.active.student
-    download(student.model, student.revision, BASE)
-    return {"megabytes": sum(file.stat().st_size for file in BASE.rglob("*") if file.is_file()) / 1e6}
-=======
-def hub(settings: params.Params, folder: Path) -> dict:
-    from huggingface_hub import snapshot_download
-
-    student = settings.active.student
-    try:
-        snapshot_download(student.model, revision=student.revision, local_dir=folder)
-    except OSError as error:  # the hub's own errors are OSErrors
-        raise WorkError(f"student: {student.model} at {student.revision} cannot be downloaded: {error}") from None
-    shutil.rmtree(folder / ".cache", ignore_errors=True)
+    download(student.model, student.revision, folder)
     return {"megabytes": sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 1e6}
->>>>>>> h-dvc
 
 
 def tiny(settings: params.Params, folder: Path) -> dict:
