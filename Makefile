@@ -78,6 +78,10 @@ $(READY): requirements.lock pyproject.toml
 	python -m pip install --quiet --no-compile --requirement requirements.lock
 	python -m compileall -qq -j 0 $(VENV)/lib || true # on all cores, which pip doesn't; some packages' templates can't be
 	python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	# What lets torchvision be imported beside a CPU build of torch, whatever is imported first.
+	site=$$(echo $(VENV)/lib/python3.*/site-packages) && \
+	    cp src/apprentice/student/torchvision_operators.py $$site/torchvision_operators.py && \
+	    echo 'import torchvision_operators; torchvision_operators.install()' > $$site/torchvision_operators.pth
 	rm -f $(VENV)/ready-*
 	touch $@
 

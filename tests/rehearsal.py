@@ -51,7 +51,7 @@ def rehearsed(cache: Path, address: str, gpus: str) -> dict[str, str]:
 
 def stand_in(path: Path, python: str) -> None:
     """A program like `vllm`, to be run in a checkout by this Python."""
-    path.write_text(f'#!/bin/sh\nexec "{python}" tests/serving/stand_in.py "$@"\n')
+    path.write_text(f'#!/bin/sh\nPYTHONPATH="src:$PYTHONPATH" exec "{python}" tests/serving/stand_in.py "$@"\n')
     path.chmod(0o755)
 
 

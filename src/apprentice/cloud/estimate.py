@@ -290,7 +290,8 @@ def _student(settings: Params, places: compute.Compute, read: int) -> list[Line]
         line(
             "sft",
             *(0, trained, validations * validated),
-            f"{rows:,} rows ({kept['share']:.1%} kept) × {sft.epochs:g} epochs, validated {validations} × {validated:,}",
+            f"{rows:,} rows ({kept['share']:.1%} kept) × {sft.epochs:g} epochs, "
+            f"validated {validations} × {validated:,}",
         ),
         line(
             "rl",

@@ -18,8 +18,9 @@ class _BeforeTorchvision(MetaPathFinder):
 
             if torch.version.cuda is None:
                 for operator in ("nms", "qnms"):
-                    schema = f"torchvision::{operator}"
-                    torch.library.define(schema, "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+                    if not hasattr(torch.ops.torchvision, operator):  # another copy of this may have been first
+                        schema = f"torchvision::{operator}"
+                        torch.library.define(schema, "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 
 def install() -> None:
