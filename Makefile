@@ -2,7 +2,7 @@
 # same. Needed on the machine: Python 3.11 or newer, make, gcc.
 PYTHON ?= python3
 VENV := .venv
-READY := $(VENV)/ready-$(shell cat requirements.lock pyproject.toml | cksum | tr ' ' '-')
+READY := $(VENV)/ready-$(shell cat requirements.lock pyproject.toml src/apprentice/student/torchvision_operators.py | cksum | tr ' ' '-')
 VLLM := .venv-vllm
 VLLM_READY := $(VLLM)/ready-$(shell cksum < requirements-vllm-cpu.lock | tr ' ' '-')
 OPENENV := .venv-openenv
@@ -73,7 +73,7 @@ types: setup ## errors of types that mypy-baseline.txt doesn't have; those that 
 
 setup: $(READY)
 
-$(READY): requirements.lock pyproject.toml
+$(READY): requirements.lock pyproject.toml src/apprentice/student/torchvision_operators.py
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	python -m pip install --quiet --no-compile --requirement requirements.lock
 	python -m compileall -qq -j 0 $(VENV)/lib || true # on all cores, which pip doesn't; some packages' templates can't be
