@@ -113,7 +113,7 @@ def test_a_machine_pulls_its_inputs_and_pushes_its_outputs(pushed, tmp_path, mon
     place = compute.Stage(transfer="remote", lock="requirements.lock", dirty=True)
     doing = work("sft", [], place.lock)
     sent = tmp_path / "sent"
-    gather(sent, doing, place, None)
+    gather(sent, doing, place, None, tmp_path / "nothing")
     assert not (sent / "models").exists() and KEY.encode() not in b"".join(contents(sent).values())
     done = subprocess.run(
         [sys.executable, "-m", "apprentice.cloud.on_machine"],
@@ -123,9 +123,9 @@ def test_a_machine_pulls_its_inputs_and_pushes_its_outputs(pushed, tmp_path, mon
         text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    outcome = json.loads((sent / ".apprentice/outcome.json").read_text())
+    outcome = json.loads((sent / ".apprentice" / doing.name / "outcome.json").read_text())
     shutil.rmtree(top / "metrics")
-    bring(doing, place, outcome)
+    bring(doing, place, doing.name, outcome)
     assert contents(top / "models/sft") == contents(sent / "models/sft") == contents(pushed / "models/sft")
     assert (top / "metrics/sft.json").read_bytes() == (pushed / "metrics/sft.json").read_bytes()
     assert KEY not in done.stdout + done.stderr

@@ -237,6 +237,7 @@ def _student(settings: Params, places: compute.Compute, read: int) -> list[Line]
     validated = min(held_out, getattr(sft, "eval_rows", None) or held_out)
     evaluations = -(-rl.iterations // rl.evaluation.every) + 1
     episodes = rl.iterations * rl.groups * rl.group_size + evaluations * len(rl.evaluation.seeds)
+    share = f"{kept['share']:.1%} kept"
     updated, students = rl.iterations * rl.decisions * rl.epochs, len(benchmark.students)
     tested, agreed = students * len(benchmark.seeds) * benchmark.steps, min(held_out, _AGREEMENT)
 
@@ -290,8 +291,7 @@ def _student(settings: Params, places: compute.Compute, read: int) -> list[Line]
         line(
             "sft",
             *(0, trained, validations * validated),
-            f"{rows:,} rows ({kept['share']:.1%} kept) × {sft.epochs:g} epochs, "
-            f"validated {validations} × {validated:,}",
+            f"{rows:,} rows ({share}) × {sft.epochs:g} epochs, validated {validations} × {validated:,}",
         ),
         line(
             "rl",
