@@ -1,10 +1,13 @@
 """The stand-in for the hub's Qwen3-VL has its numbers."""
 
+import re
+
 import pytest
 import torch
 from transformers import Qwen3VLForConditionalGeneration
 
 from apprentice import params
+from apprentice.cloud.estimate import estimate
 from apprentice.data.chat_rows import row
 from apprentice.pipeline import ROOT
 from apprentice.play import Spec, play
@@ -34,6 +37,14 @@ def test_a_decision_is_as_long_as_with_the_hubs_tokenizer_and_81_of_it_are_the_p
         assert 1250 < len(encoded.prompt_ids) + len(encoded.answer_ids) < 1300
         assert encoded.prompt_ids.count(processor.image_token_id) == 81
         assert encoded.image_grid_thw.tolist() == [[1, 18, 18]]
+
+
+def test_the_estimate_reckons_with_as_many_tokens():
+    settings = params.load(ROOT / "params.yaml")
+    settings = settings.model_copy(update={"profile": "qwen2b"})
+    sft = next(stage for stage in estimate(settings)["stages"] if stage["stage"] == "sft")
+    each = int(re.search(r"([\d,]+) tokens", sft["how"])[1].replace(",", ""))
+    assert 1269 <= each <= 1273, sft["how"]
 
 
 def test_special_tokens_have_qwens_ids(processor):

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import SHOWN
+from safetensors.torch import load_file
 
 from apprentice import params
 from apprentice.data.chat_rows import row
@@ -25,23 +26,32 @@ from apprentice.players.scripted import Scripted
 from apprentice.training import devices, examples
 
 sys.path.append(str(ROOT / "stages"))
-STEPS = int(os.environ.get("STEPS", 20))
+STEPS = 20
 KNOWN = {"train": "train", "val": "val"}
 
 
 @pytest.fixture(scope="module")
 def made(tiny_folder, tmp_path_factory) -> Path:
     """What the stage reads: a base model, and rows whose answers have from 6 to dozens of tokens."""
-    top = tmp_path_factory.mktemp("made")
-    shutil.copytree(tiny_folder, top / "models/base")
+    return inputs(tmp_path_factory.mktemp("made"), tiny_folder, [SHOWN])
+
+
+@pytest.fixture(scope="module")
+def mixed(tiny_folder, tmp_path_factory) -> Path:
+    """The same, but every other row has no picture, as those of an import."""
+    return inputs(tmp_path_factory.mktemp("mixed"), tiny_folder, [SHOWN, params.Prompt(mode="text", rules=False)])
+
+
+def inputs(top: Path, base: Path, shown: list[params.Prompt]) -> Path:
+    shutil.copytree(base, top / "models/base")
     episodes = play(Scripted("expert", rationale=True), Spec([3, 4], 90, SHOWN))
     for name, episode in zip(KNOWN, episodes, strict=True):
-        rows = [row(episode, step, SHOWN, rationale=step.step % 3 == 0) for step in episode.steps]
+        rows = [row(episode, step, shown[step.step % len(shown)], step.step % 3 == 0) for step in episode.steps]
         write_jsonl(top / f"data/sft/{name}.jsonl", rows[: 90 if name == "train" else 21])
     return top
 
 
-def train(top: Path, ranks: int, at_once: int, accumulation: int, stage: int, **changes) -> None:
+def train(top: Path, ranks: int, at_once: int, accumulation: int, stage: int, steps: int = STEPS, **changes) -> None:
     """A batch of 8 rows in each step, split like this; top: the folder to train in. changes: of settings of sft."""
     os.chdir(top)
     profile = params.load(ROOT / "params.yaml").profiles["tiny"]
@@ -53,15 +63,15 @@ def train(top: Path, ranks: int, at_once: int, accumulation: int, stage: int, **
     for name, file in stage_sft.DATA.items():
         examples.survey(file, stage_sft.BASE, KNOWN[name])
     arguments = profile, KNOWN, 0, top / "checkpoints", at_once, accumulation
-    devices.launch(_rank, ranks, *arguments, group=stage > 0)
+    devices.launch(_rank, ranks, steps, *arguments, group=stage > 0)
 
 
-def _rank(*arguments) -> None:
+def _rank(steps: int, *arguments) -> None:
     import sft as stage_sft
     import trl
 
     configured = trl.SFTConfig
-    trl.SFTConfig = lambda **settings: configured(**settings | {"logging_steps": 1, "max_steps": STEPS})
+    trl.SFTConfig = lambda **settings: configured(**settings | {"logging_steps": 1, "max_steps": steps})
     stage_sft.train(*arguments)
 
 
@@ -72,9 +82,9 @@ def curve(top: Path, name: str) -> np.ndarray:
 
 @pytest.fixture
 def trained(made, tmp_path, monkeypatch):
-    def trained(name: str, *split, **changes) -> Path:
+    def trained(name: str, *split, rows: Path = made, **changes) -> Path:
         monkeypatch.chdir(tmp_path)
-        shutil.copytree(made, tmp_path / name)
+        shutil.copytree(rows, tmp_path / name)
         train(tmp_path / name, *split, **changes)
         return tmp_path / name
 
@@ -99,6 +109,21 @@ def test_a_batch_has_the_same_loss_however_it_is_split(trained):
     for name in ("zero2", "zero3"):
         shards = {file.name for file in (whole.parent / name).glob("checkpoints/checkpoint-20/global_step20/*")}
         assert sum("optim_states" in shard for shard in shards) == 2, "not divided among the ranks"
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_rows_without_pictures_are_trained_on_as_in_one_process_and_every_adapter_learns(
+    trained, mixed, stage, checkpointing
+):
+    """In micro-batches of one row, in which one rank often has a picture and the other has none."""
+    settings = {"steps": 3, "eval_steps": 3, "lora": params.Lora(rank=4, alpha=4, vision=True), "rows": mixed}
+    whole = trained("whole", 1, 8, 1, 0, **settings)
+    split = trained("split", 2, 1, 4, stage, gradient_checkpointing=checkpointing, **settings)
+    for name in ("train", "val"):
+        assert np.abs(curve(split, name) - curve(whole, name)).max() < 1e-4, name
+    for name, weight in load_file(split / "models/sft/adapter_model.safetensors").items():
+        assert weight.any(), name  # lora_B begins at 0
 
 
 def test_a_kill_of_all_ranks_leaves_no_trace(trained, made, tmp_path):

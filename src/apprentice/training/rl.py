@@ -19,7 +19,7 @@ from trl.trainer.utils import use_adapter
 from apprentice.episode import Step
 from apprentice.params import Prompt, Rl
 from apprentice.serving.in_process import vision_tokens
-from apprentice.student import tower
+from apprentice.student import loading, tower
 from apprentice.student.encoding import batch
 from apprentice.student.narrowing import narrow
 from apprentice.training import rollouts
@@ -65,6 +65,8 @@ class RlTrainer(GRPOTrainer):
         super().__init__(model, _no_reward, args=args, train_dataset=rows, processing_class=processor)
         narrow(model.get_base_model())
         tower.prepare(model.get_base_model())
+        if args.bf16:
+            loading.keep_precision(model)
 
     def learn(self, experience: Iterator[list[dict]], checkpoint: str | None) -> None:
         """Update the policy on each iteration's `batches`, which are asked for when the iteration before is done.

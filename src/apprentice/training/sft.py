@@ -5,7 +5,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
 
 from apprentice.errors import WorkError
-from apprentice.student import tower
+from apprentice.student import loading, tower
 from apprentice.student.narrowing import narrow
 
 
@@ -17,9 +17,11 @@ class SftTrainer(SFTTrainer):
         # Qwen3-VL says no, meaning a loss of its own that isn't used here. Without the number of tokens of the whole
         # batch, TRL's would be the mean of each part's mean.
         self.model_accepts_loss_kwargs = True
-        base = self.accelerator.unwrap_model(self.model).get_base_model()
-        narrow(base)
-        tower.prepare(base)
+        model = self.accelerator.unwrap_model(self.model)
+        narrow(model.get_base_model())
+        tower.prepare(model.get_base_model())
+        if self.args.bf16:
+            loading.keep_precision(model)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batches, tokens = super().get_batch_samples(epoch_iterator, num_batches, device)

@@ -1,0 +1,62 @@
+"""A step of SFT as the stage takes it, with the hub's real sizes but for layers and width."""
+
+import sys
+
+import pytest
+import torch
+from datasets import Dataset
+from peft.tuners.lora import LoraLayer
+
+from apprentice import params
+from apprentice.data.chat_rows import row
+from apprentice.pipeline import ROOT
+from apprentice.play import Spec, play
+from apprentice.players.scripted import Scripted
+from apprentice.student import loading, sizes
+from apprentice.student.encoding import batch, encode
+from apprentice.training.sft import SftTrainer
+
+sys.path.append(str(ROOT / "stages"))
+PROFILE = params.load(ROOT / "params.yaml").profiles["qwen2b"]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    sizes.build(sizes.config("2b", layers=2, width=128)).save_pretrained(folder)
+    sizes.processor(PROFILE.prompt).save_pretrained(folder)
+    return folder
+
+
+def test_a_step_of_the_hubs_profile_trains_every_adapter_in_bfloat16(base, tmp_path):
+    import sft
+
+    settings = PROFILE.sft.model_copy(update={"zero": params.Zero(), "warmup_ratio": 0.0})
+    args = sft.arguments(PROFILE.model_copy(update={"sft": settings}), tmp_path, 2, 1)
+    model, processor = loading.load(base, dtype=PROFILE.dtype)
+    episode = play(Scripted("expert"), Spec([3], 2, PROFILE.prompt))[0]
+    rows = [encode(processor, row(episode, step, PROFILE.prompt)["messages"]) for step in episode.steps]
+    given = batch(processor, rows)
+    assert given["image_grid_thw"].tolist() == [[1, 18, 18]] * 2
+    assert (given["mm_token_type_ids"].sum(dim=1) == 81).all()
+
+    trainer = SftTrainer(
+        model=model,
+        args=args,
+        train_dataset=Dataset.from_dict({"images": [[0]] * 2}),
+        eval_dataset=Dataset.from_dict({"images": [[0]] * 2}),
+        data_collator=lambda chosen: dict(given),
+        processing_class=processor,
+        peft_config=loading.lora_config(settings.lora),
+    )
+    layers = {name: module for name, module in trainer.model.named_modules() if isinstance(module, LoraLayer)}
+    kinds = set()
+    for layer in layers.values():
+        layer.lora_A["default"].register_forward_pre_hook(lambda module, given: kinds.add(given[0].dtype))
+    trainer.train()
+    assert kinds == {torch.bfloat16}, "activations were turned into the adapters' float32 and back"
+    assert all(layer.lora_A["default"].weight.dtype == torch.float32 for layer in layers.values())
+    for name, layer in layers.items():
+        assert layer.lora_B["default"].weight.any(), name
+    validated = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert len(validated) == 1 and 5 < validated[0] < 20  # of 151,936 words
