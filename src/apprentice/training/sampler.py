@@ -64,7 +64,7 @@ class InProcessSampler:
         quantized = getattr(model.get_base_model(), "is_loaded_in_4bit", False)
         for name, module in model.get_base_model().named_modules():
             if isinstance(module, LoraLayer):
-                mine, weight = self.model.get_submodule(name).weight, module.get_base_layer().weight
+                mine, weight = self.model.get_parameter(f"{name}.weight"), module.get_base_layer().weight
                 if quantized:
                     weight = self._whole.setdefault(name, mine.clone())
                 mine.copy_(weight + module.get_delta_weight("default"))
