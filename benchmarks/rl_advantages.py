@@ -92,7 +92,7 @@ def played_groups(profile: params.Profile, adapter: str, seeds: range):
 
 
 @torch.inference_mode()
-def tokens(policy: in_process.Local, rows: list) -> list[tuple[np.ndarray, np.ndarray]]:
+def tokens(policy: in_process.InProcess, rows: list) -> list[tuple[np.ndarray, np.ndarray]]:
     inputs = batch(policy.processor, rows)
     labels = inputs.pop("labels")
     longest = max(len(row.answer_ids) for row in rows)

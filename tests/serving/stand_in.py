@@ -76,7 +76,8 @@ class Student:
         draws = np.random.default_rng(body.get("seed", 0)).random((1, body["max_tokens"]))
         [(ids, logprobs, _)] = generate(model, self.processor, rows, draws, body["temperature"])
         content = [{"logprob": logprob} for logprob in logprobs]
-        choice = {"token_ids": ids, "logprobs": {"content": content}}
+        message = {"role": "assistant", "content": self.processor.tokenizer.decode(ids, skip_special_tokens=True)}
+        choice = {"message": message, "token_ids": ids, "logprobs": {"content": content}}
         return {"prompt_token_ids": rows[0].prompt_ids, "choices": [choice]}
 
 
