@@ -2,10 +2,12 @@
 
 import sys
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
 from peft.tuners.lora import LoraLayer
+from transformers import TrainerControl, TrainerState
 
 from apprentice import params
 from apprentice.data.chat_rows import row
@@ -14,6 +16,7 @@ from apprentice.play import Spec, play
 from apprentice.players.scripted import Scripted
 from apprentice.student import loading, sizes
 from apprentice.student.encoding import batch, encode
+from apprentice.training.checkpoints import Often
 from apprentice.training.sft import SftTrainer
 
 sys.path.append(str(ROOT / "stages"))
@@ -60,3 +63,36 @@ def test_a_step_of_the_hubs_profile_trains_every_adapter_in_bfloat16(base, tmp_p
         assert layer.lora_B["default"].weight.any(), name
     validated = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
     assert len(validated) == 1 and 5 < validated[0] < 20  # of 151,936 words
+
+
+def test_validation_is_on_rows_of_the_whole_file_and_on_no_more_than_asked_for(base, monkeypatch):
+    import sft
+
+    from apprentice.training import examples
+
+    lengths = np.random.default_rng(0).integers(1000, 2000, 11_444)
+    known = examples.Survey(np.arange(len(lengths)), lengths, [])
+    monkeypatch.setattr(examples, "survey", lambda *_: known)
+
+    def chosen(**changes) -> list[int]:
+        rows = sft.examples_of("val", "", loading.processor(base), PROFILE.sft.model_copy(update=changes))
+        return rows.dataset.with_format(None)["row"][:]
+
+    rows = chosen()
+    assert len(set(rows)) == len(rows) == PROFILE.sft.eval_rows == 512
+    assert np.diff([0, *sorted(rows), len(lengths)]).max() < 2 * len(lengths) / 512
+    assert (np.diff(lengths[rows]) >= 0).all()
+    assert rows == chosen() and len(chosen(eval_rows=None)) == len(chosen(eval_rows=20_000)) == len(lengths)
+
+
+def test_a_checkpoint_comes_every_100_steps_though_validation_is_seldom(tmp_path):
+    import sft
+
+    args = sft.arguments(PROFILE.model_copy(update={"sft": PROFILE.sft.model_copy(update={"zero": params.Zero()})}),
+                         tmp_path, 2, 1)  # fmt: skip
+    saved = []
+    for step in range(1, 301):
+        control = TrainerControl()
+        Often().on_step_end(args, TrainerState(global_step=step), control)
+        saved += [step] * control.should_save
+    assert saved == [100, 200, 300]
