@@ -134,6 +134,7 @@ def _make(top: Path) -> None:
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda" if gpus.used() else "cpu"):
         model = sizes.build(sizes.config("2b", *((2, 128) if REHEARSED else ())))
+    torch.set_default_dtype(torch.float32)
     model.save_pretrained(top / "models/base")
     sizes.processor(shown).save_pretrained(top / "models/base")
     for name, seeds, rows in (("train", [3, 4, 5, 6], BATCH * STEPS), ("val", [7], BATCH)):
