@@ -76,28 +76,32 @@ def train(
     none plays in process. sleeping: they and the trainer take turns."""
     from apprentice.student import loading
     from apprentice.training.checkpoints import Whole, last_checkpoint
+    from apprentice.training.probe import Probe
     from apprentice.training.rl import RlTrainer
     from apprentice.training.sampler import InProcessSampler, VllmSampler
     from apprentice.training.self_play import SelfPlay
 
+    rl = profile.rl
     args = arguments(profile, folder, rows, accumulation)
-    model, processor = loading.load(BASE, SFT, profile.dtype, trainable=True)
+    model, processor = loading.load(BASE, SFT, profile.dtype, trainable=True, quantization=rl.quantization)
     if servers:
-        sampler = VllmSampler(servers, processor, folder / "policies", sleeping)
+        probe = Probe(rl.seeds, profile.prompt, rl.temperature, rl.max_sampler_mismatch)
+        sampler = VllmSampler(servers, processor, folder / "policies", probe, profile.sampling.max_tokens, sleeping)
     else:
         sampler = InProcessSampler(loading.load(BASE, dtype=profile.dtype)[0], processor)
-    trainer = RlTrainer(model, processor, profile.rl, profile.prompt, args, sampler.exact)
+    exact = not servers and profile.dtype == "float32" and rl.quantization is None
+    trainer = RlTrainer(model, processor, rl, profile.prompt, args, exact)
     trainer.add_callback(Whole())
     play = SelfPlay(trainer, sampler, profile, folder)
     stopped = ""
     try:
-        trainer.learn(iterations(trainer, play, profile.rl, judge), last_checkpoint(folder))
-        play.evaluate(profile.rl.iterations)
+        trainer.learn(iterations(trainer, play, rl, judge), last_checkpoint(folder))
+        play.evaluate(rl.iterations)
     except OutOfBounds as reason:
         stopped = str(reason)
-    sampler.close()
     if trainer.is_world_process_zero():
         write(trainer.history, processor, profile, judge, folder, stopped)
+    sampler.close()
 
 
 def iterations(
@@ -105,7 +109,8 @@ def iterations(
 ) -> Iterator[list[dict]]:
     """RL's loop: play, score, compare, draw. The trainer updates the policy on what is yielded, then asks for more.
 
-    Raises OutOfBounds when too many replies are invalid, or the policy is too far from where it began.
+    Raises OutOfBounds when too many replies are invalid, when the policy is too far from where it began, or when it's
+    another one that plays.
     """
     import numpy as np
 
@@ -126,6 +131,9 @@ def iterations(
             play.evaluate(iteration)
         last = trainer.history[-1] if trainer.history else {}
         within("the KL divergence to the SFT policy", last.get("kl", 0.0), rl.max_kl, trainer)
+        if not last.get("staleness"):  # an older policy is another one
+            mismatch = last.get("sampler_mismatch", 0.0)
+            within("the sampler's distance from the trainer", mismatch, rl.max_sampler_mismatch, trainer)
         trainer.stale = episodes is not None
         began = perf_counter() - waited
         if episodes is None:
@@ -158,8 +166,8 @@ def iterations(
 
 
 def within(what: str, value: float, bound: float, trainer: "RlTrainer") -> None:
-    """Raise OutOfBounds if it's above the bound."""
-    if value > bound:
+    """Raise OutOfBounds if it's above the bound, or no number."""
+    if not value <= bound:
         done = len(trainer.history)
         raise OutOfBounds(f"{what} was {value:.3g} in iteration {done}, above the bound of {bound:g}")
 
@@ -199,7 +207,7 @@ def arguments(profile: params.Profile, folder: Path, rows: int, accumulation: in
         ignore_data_skip=True,
         bf16=profile.dtype == "bfloat16",
         use_cpu=not gpus.used(),
-        gradient_checkpointing=gpus.used(),
+        gradient_checkpointing=rl.gradient_checkpointing,
         deepspeed=memory.zero_config(rl.zero),
         ddp_find_unused_parameters=False,
         ddp_timeout=24 * 3600,  # the slowest rank's play is waited for

@@ -116,10 +116,23 @@ class Vllm(Section):
     """vLLM servers that run already, as http://127.0.0.1:8000; they have to be started with the flags that vllm.py
     gives its own, and read adapters from the same folders as this machine."""
     gpus: Annotated[tuple[NonNegativeInt, ...], Field(strict=False, min_length=1)] | None = None
-    """The GPUs (0 is the first) that have a server each, for it alone: rl trains on the others. Null: one on each, and
-    in rl the servers sleep while it trains."""
+    """The GPUs (0 is the first) that are for servers alone: rl trains on the others. Null: all, and in rl the servers
+    sleep while it trains."""
+    tensor_parallel_size: PositiveInt = 1
+    """GPUs of one server, which holds a part of the model on each. There are as many servers as the GPUs allow."""
     gpu_memory: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Share of a GPU's memory that a server takes; null is 0.9, or 0.45 beside a trainer."""
+    """Share of a GPU's memory that a server takes (--gpu-memory-utilization); null is 0.85, or 0.45 where it takes
+    turns with a trainer, which keeps its own beside it."""
+    max_model_len: PositiveInt = 4096
+    """Tokens of a prompt and its reply at most; a longer prompt is refused, which ends the stage. Those of qwen2b have
+    about 1,400."""
+    prefix_caching: bool = True
+    """Keep what was computed of a prompt for the next that begins alike."""
+    cuda_graphs: bool = True
+    """Replay recorded steps on a GPU: faster to play, a minute more to start. false is vLLM's --enforce-eager."""
+    environment: dict[Variable, str] = Field(default_factory=dict)
+    """Variables of the servers. VLLM_USE_V2_MODEL_RUNNER: "0" takes vLLM's older Model Runner V1, should the newer one
+    be wrong; rl says so when a server's log-probabilities are not the trainer's."""
     program: Annotated[str, Field(min_length=1)] | None = None
     """Where vLLM is, for example /opt/vllm/bin/vllm; null looks at APPRENTICE_VLLM, beside this Python, and in
     .venv-vllm."""

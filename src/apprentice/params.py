@@ -407,6 +407,9 @@ class Rl(Section):
     """Whose standard deviation advantages are divided by: their group's, all decisions' of the iteration, none."""
     gae_lambda: Annotated[float, Field(ge=0, le=1)] = 0.9
     """How far linear and critic look ahead before they trust their own values; 1 waits for the episode's end."""
+    value_clip: PositiveFloat | None = None
+    """How far an iteration may move what linear and critic expect of a state from what they expected before, in
+    standard deviations of the return: PPO's value clipping, for a critic that is solved for. null: without bound."""
     anchor_weight: NonNegativeFloat = 1.0
     """Weight of the part of gigpo's advantages that compares steps at the same anchor."""
     temperature: PositiveFloat = 1.0
@@ -418,6 +421,11 @@ class Rl(Section):
     """Decisions an optimizer step, over all devices."""
     micro_batch_size: PositiveInt = 32
     """The most decisions that a device takes at once; the number of devices and of accumulation steps follow."""
+    gradient_checkpointing: bool = False
+    """Compute activations again instead of keeping them: a third slower, a fraction of the memory."""
+    quantization: Literal["nf4"] | None = None
+    """Train on a base held in 4 bits (QLoRA, arXiv 2305.14314). It's played with the whole base, as it's benchmarked;
+    importance_sampling corrects for the difference."""
     learning_rate: PositiveFloat = 2e-6
     warmup_ratio: Fraction = 0.1
     lr_scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "constant_with_warmup"
@@ -432,6 +440,9 @@ class Rl(Section):
     """Share of replies in an iteration's play that cannot be read; with more, training stops."""
     max_kl: PositiveFloat = 0.3
     """KL divergence to the SFT policy, nats a token, mean of what an iteration trains on; with more, training stops."""
+    max_sampler_mismatch: PositiveFloat = 0.1
+    """Distance of the sampler's log-probabilities from the trainer's for the same weights, nats a token; with more,
+    training stops. bfloat16 on vLLM has about 0.01. A server is tested by it, too, before it plays."""
     staleness: Annotated[int, Field(ge=0, le=1)] = 0
     """1: an iteration's episodes are played with the policy of the iteration before, by vLLM servers that have GPUs of
     their own (compute.yaml) while that one is still being trained on; anywhere else, at the same point but in turn."""

@@ -31,6 +31,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         self.answer({{"data": models}})
     def do_POST(self):
+        print(self.path, flush=True)
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"] or 0)) or "null")
         if self.path == "/v1/load_lora_adapter":
             models.append({{"id": body["lora_name"], "parent": "base"}})
@@ -91,6 +92,8 @@ def gone(pids: list[str]) -> bool:
         ({"use": "always"}, [], True, Plan((None,))),
         ({"gpus": [0, 1]}, ["4", "5", "6", "7"], True, Plan(("4", "5"), ("6", "7"))),
         ({"gpus": [0, 1]}, ["4", "5", "6", "7"], False, Plan(("4", "5"))),
+        ({"tensor_parallel_size": 2}, ["4", "5", "6", "7"], True, Plan(("4,5", "6,7"), None, sleeps=True)),
+        ({"gpus": [0, 1], "tensor_parallel_size": 2}, ["4", "5", "6"], True, Plan(("4,5",), ("6",))),
         ({"use": "always", "endpoints": ["http://127.0.0.1:1", "http://127.0.0.1:2"]}, [], True, Plan((None, None))),
     ],
 )
@@ -108,6 +111,7 @@ def test_without_vllm_gpus_still_play_in_process(tmp_path):
         ({"use": "always", "program": "/nowhere/vllm"}, [], "make vllm"),
         ({"gpus": [0, 3]}, ["0", "1"], r"vllm.gpus names \[3\]"),
         ({"gpus": [0, 1]}, ["0", "1"], "leaves no GPU to train on"),
+        ({"tensor_parallel_size": 2}, ["0", "1", "2"], "3 GPUs are no multiple of it"),
     ],
 )
 def test_what_cannot_be_is_said_before_any_work(program, settings, gpus, said):
@@ -115,10 +119,11 @@ def test_what_cannot_be_is_said_before_any_work(program, settings, gpus, said):
         plan(Vllm(**{"program": program} | settings), gpus, training=True)
 
 
-@pytest.mark.parametrize(("sleeps", "memory"), [(False, None), (True, 0.45), (False, 0.9)])
-def test_a_server_is_started_with_the_flags_that_this_needs(sleeps, memory):
-    found = vllm.command("vllm", Path("models/base"), "http://127.0.0.1:8123", "bfloat16", 9, memory, sleeps)
-    assert found[:3] == ["vllm", "serve", "models/base"]
+@pytest.mark.parametrize(("sleeps", "memory"), [(False, None), (True, 0.45), (False, 0.85)])
+def test_a_server_is_started_with_the_flags_that_this_needs(program, sleeps, memory):
+    asked = Path("models/base"), "http://127.0.0.1:8123", "bfloat16", 9, memory is not None, sleeps
+    found = vllm.command(Vllm(program=program), *asked)
+    assert found[:3] == [program, "serve", "models/base"]
     values = dict(zip(found, found[1:], strict=False))
     assert (values["--host"], values["--port"], values["--max-lora-rank"]) == ("127.0.0.1", "8123", "16")
     assert json.loads(values["--limit-mm-per-prompt"]) == {"image": 1, "video": 0}
@@ -133,6 +138,41 @@ def test_a_server_is_started_with_the_flags_that_this_needs(sleeps, memory):
     assert ("--enable-sleep-mode" in found) == sleeps
     assert {"--enforce-eager", "--no-enable-chunked-prefill"}.isdisjoint(found) == (memory is not None)
     assert values.get("--gpu-memory-utilization") == (memory and str(memory))
+
+
+def test_each_setting_is_a_flag_of_the_servers(program):
+    """Without a GPU too: a CPU has neither memory nor several cards to share."""
+    asked = Path("models/base"), "http://127.0.0.1:8123", "bfloat16", 9
+    usual, other = (
+        vllm.command(Vllm(program=program, **settings), *asked, True, False)
+        for settings in (
+            {},
+            {
+                "gpu_memory": 0.7,
+                "tensor_parallel_size": 2,
+                "max_model_len": 2048,
+                "prefix_caching": False,
+                "cuda_graphs": False,
+            },
+        )
+    )
+    values, others = (dict(zip(found, found[1:], strict=False)) for found in (usual, other))
+    flags = {"--gpu-memory-utilization": "0.7", "--tensor-parallel-size": "2", "--max-model-len": "2048"}
+    assert {name: others[name] for name in flags} == flags
+    assert (values["--max-model-len"], values["--tensor-parallel-size"]) == ("4096", "1")
+    assert {"--no-enable-prefix-caching", "--enforce-eager"} == set(other) - set(usual) - set(flags.values())
+
+
+def test_servers_have_the_variables_that_are_set_for_them(program):
+    """The way back to vLLM's Model Runner V1."""
+    text = (
+        Path(program)
+        .read_text()
+        .replace('print("started"', 'print(os.environ["VLLM_USE_V2_MODEL_RUNNER"])\nprint("started"')
+    )
+    Path(program).write_text(text)
+    with running(program, environment={"VLLM_USE_V2_MODEL_RUNNER": "0"}) as students:
+        assert Path(students.servers[0].log).read_text().startswith("0\n")
 
 
 def test_each_gpu_has_a_server_of_its_own_and_all_end_with_the_block(program):
@@ -175,6 +215,45 @@ def test_a_server_that_ends_is_started_again_once(program, capfd):
             server.ready()
         assert len(started(server)) == 2
     assert capfd.readouterr().err.count("starting it again") == 1
+
+
+def test_a_server_that_dies_asleep_is_started_when_it_is_to_wake(program):
+    """Not before: the trainer has the memory that it would take."""
+    with running(program) as students:
+        server = students.servers[0]
+        server.sleep()
+        [first, engine, _] = started(server)[-1]
+        os.kill(int(first), signal.SIGKILL)
+        assert gone([first, engine])
+        time.sleep(1.5)
+        assert len(started(server)) == 1
+        server.wake()
+        assert httpx2.get(f"{server.url}/health").status_code == 200
+        assert len(started(server)) == 2
+
+
+def test_a_server_that_dies_before_it_sleeps_is_asleep_all_the_same(program):
+    with running(program) as students:
+        server = students.servers[0]
+        [first, engine, _] = started(server)[-1]
+        os.kill(int(first), signal.SIGKILL)
+        assert gone([first, engine])
+        server.sleep()
+        assert Path(server.log).read_text().rstrip().endswith("/sleep?level=1") and len(started(server)) == 2
+
+
+def test_a_server_that_dies_asleep_twice_ends_the_work(program):
+    with running(program) as students:
+        server = students.servers[0]
+        for _ in range(2):
+            server.sleep()
+            [first, engine, _] = started(server)[-1]
+            os.kill(int(first), signal.SIGKILL)
+            assert gone([first, engine])
+            if len(started(server)) == 1:
+                server.wake()
+        with pytest.raises(WorkError, match="vLLM has ended"):
+            server.wake()
 
 
 def test_no_server_outlives_a_killed_parent(program, tmp_path):

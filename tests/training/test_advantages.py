@@ -10,6 +10,7 @@ from apprentice.episode import Reply
 from apprentice.params import Achievement, Reward, Rl
 from apprentice.play import Spec, play
 from apprentice.players.scripted import Scripted
+from apprentice.training import advantages as credit
 from apprentice.training.advantages import RIDGE, Critic, advantages, anchor, draw, gigpo, grpo, return_to_go
 from apprentice.training.reward import returns, rewards, with_mean
 from apprentice.world import ACHIEVEMENTS
@@ -183,6 +184,72 @@ def test_the_critic_reads_the_hidden_state(many):
     settings = LINEAR.model_copy(update={"gae_lambda": 1.0, "scale_rewards": "none"})
     with_it = np.concatenate(advantages(told, settings.model_copy(update={"advantage": "critic"}))).var()
     assert with_it < 0.2 * np.concatenate(advantages(many, settings)).var()
+
+
+def hidden_states(dimensions: int, groups: int, dice: np.random.Generator):
+    """(moments of the folds, known features, rows to test on): play in which some of many hidden features say much.
+
+    Each of groups × 5 episodes has 50 decisions; a group's world, and an episode's course, make them alike.
+    """
+    mixed, weights = 0.7 * dice.normal(size=(24, dimensions)), dice.normal(size=24) / 24**0.5
+
+    def played(count: int) -> np.ndarray:
+        truth, now = np.empty((count, 5, 50, 24)), dice.normal(size=(count, 5, 24))
+        for turn in range(50):
+            now = 0.95 * now + 0.31 * dice.normal(size=now.shape)
+            truth[:, :, turn] = now
+        truth = (truth + dice.normal(size=(count, 1, 1, 24)) / 2).reshape(-1, 24)
+        left = np.tile(1 - np.arange(50) / 50, count * 5)
+        luck = np.repeat(dice.normal(size=count * 5), 50) + dice.normal(size=len(left))
+        hidden = truth @ mixed + dimensions**0.5 * dice.normal(size=(len(left), dimensions))
+        target = left * (1.5 * truth @ weights + luck) + 3 * left
+        return np.column_stack([np.ones(len(left)), left, left**2, truth[:, :6] + 0.3, hidden, target])
+
+    parts = np.zeros((credit.FOLDS, dimensions + 10, dimensions + 10))
+    for fold in range(credit.FOLDS):
+        rows = played(groups // credit.FOLDS)
+        parts[fold] = rows.T @ rows
+    return parts, 9, played(20)
+
+
+@pytest.mark.parametrize(("dimensions", "groups", "better"), [(128, 32, -0.01), (2048, 8, 0.1)])
+def test_the_folds_choose_how_much_hidden_states_are_trusted(dimensions, groups, better):
+    """Qwen's 2,048 hidden features need another penalty than the tiny student's 128."""
+    parts, known, rows = hidden_states(dimensions, groups, np.random.default_rng(3))
+    learnt = parts.sum(axis=0)
+
+    def explained(ridge: float) -> float:
+        told = rows[:, :-1] @ credit._ridge(learnt, ridge, known)
+        return 1 - ((rows[:, -1] - told) ** 2).mean() / rows[:, -1].var()
+
+    chosen = credit._ridges(learnt, parts, known)
+    assert np.mean([explained(ridge) for ridge in chosen]) > explained(RIDGE) + better
+
+
+def test_a_value_moves_no_farther_in_an_iteration_than_is_allowed(many):
+    """In standard deviations of the return; a first iteration has nothing to move from."""
+    settings = LINEAR.model_copy(update={"gae_lambda": 1.0, "scale_rewards": "none", "discount": 1.0})
+    first, second = many[:12], many[12:]  # who does nothing useful, then experts
+
+    def raw(clip: float | None) -> tuple[np.ndarray, np.ndarray]:
+        critic, changed = Critic(), settings.model_copy(update={"value_clip": clip})
+        return tuple(
+            np.concatenate(critic.advantages(episodes, earned(episodes), changed)) for episodes in (first, second)
+        )
+
+    returned = np.concatenate([returns(values.tolist(), 1.0) for values in earned(first)])
+    (free_first, free), (held_first, held), (_, wide) = raw(None), raw(0.2), raw(1e6)
+    np.testing.assert_array_equal(held_first, free_first)
+    np.testing.assert_array_equal(wide, free)
+    critic = Critic()
+    critic.advantages(first, earned(first), settings)
+    known = credit.features(second[0], settings.max_steps).shape[1]
+    old = np.concatenate([credit.features(one, settings.max_steps) for one in second]) @ credit._ridge(
+        critic.sums, RIDGE, known
+    )
+    to_go = np.concatenate([returns(values.tolist(), 1.0) for values in earned(second)])
+    moved = np.abs(to_go - held - old)
+    assert moved.max() == pytest.approx(0.2 * returned.std()) and np.abs(to_go - free - old).max() > moved.max()
 
 
 @pytest.mark.parametrize("count", [100, 999, 2300])

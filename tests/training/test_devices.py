@@ -141,3 +141,37 @@ def test_what_is_used_already_is_not_advised():
     used = Sft(micro_batch_size=1, gradient_checkpointing=True, lora=Lora(quantization="nf4", vision=False))
     relief = memory.relief("x", used)
     assert not any(word in relief for word in ("micro_batch", "checkpointing", "quantization", "vision", "stage: 3"))
+
+
+def wait_long(folder: Path) -> None:
+    torch.distributed.init_process_group("gloo")
+    devices.wait()
+    rank = torch.distributed.get_rank()
+    began = time.process_time()
+    if rank == 0:
+        time.sleep(4)
+    devices.wait()
+    (folder / str(rank)).write_text(str(time.process_time() - began))
+
+
+def test_a_rank_that_waits_computes_nothing(tmp_path):
+    """On the processor, too: its cores are the worlds'."""
+    devices.launch(wait_long, 2, tmp_path)
+    assert float((tmp_path / "1").read_text()) < 1.0
+
+
+def tell(folder: Path) -> None:
+    import torch
+
+    (folder / "rank").write_text(f"{os.getpid()} {os.environ['CUDA_VISIBLE_DEVICES']} {torch.cuda.is_initialized()}")
+
+
+def test_a_parent_that_has_begun_cuda_decides_nothing_about_its_ranks(tmp_path, monkeypatch):
+    """It goes on seeing the GPUs that it saw then: so one rank, too, is a process that has only its own GPU."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert devices.layout(64, 64, on=["3"]) == (1, 64, 1)
+    assert devices.layout(64, 16, on=["2", "3"]) == (2, 16, 2)
+    devices.launch(tell, 1, tmp_path, on=["3"])
+    pid, seen, begun = (tmp_path / "rank").read_text().split()
+    assert (seen, begun) == ("3", "False") and int(pid) != os.getpid()

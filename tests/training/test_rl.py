@@ -1,11 +1,13 @@
 """RL plays and updates alike with any number of ranks and after any kill; a run that goes wrong stops and says so."""
 
+import csv
 import json
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -21,6 +23,7 @@ from apprentice.play import Spec
 from apprentice.serving.in_process import InProcess
 from apprentice.student.encoding import batch
 from apprentice.training import rollouts
+from apprentice.training.self_play import SelfPlay
 
 SEEDS = [1, 1, 2, 2, 3, 3]
 
@@ -51,9 +54,10 @@ KEYS = [f"x {place}" for place in range(len(SEEDS))]
 @pytest.mark.parametrize("remote", [False, True])
 def test_what_is_played_does_not_depend_on_ranks(tiny, remote):
     with Ledger("one") as one, Ledger("two") as two:
-        assert list(share(tiny, one, remote=remote)) == [0, 1, 2, 3, 4, 5]
-        assert list(share(tiny, two, 0, 2, remote)) == [0, 1, 4, 5]
-        assert list(share(tiny, two, 1, 2, remote)) == [2, 3]
+        assert sorted(share(tiny, one, remote=remote)) == [0, 1, 2, 3, 4, 5]
+        # Companies stay together; where there are none, all ranks have as many.
+        assert sorted(share(tiny, two, 0, 2, remote)) == ([0, 2, 4] if remote else [0, 1, 4, 5])
+        assert sorted(share(tiny, two, 1, 2, remote)) == ([1, 3, 5] if remote else [2, 3])
         assert list(one.records(KEYS)) == list(two.records(KEYS))
         actions = [[step.reply.message for step in episode.steps] for episode in rollouts.read(one, "x", range(6))]
     assert actions[0] != actions[1]  # a group's episodes are different ones
@@ -95,6 +99,39 @@ def test_the_hidden_state_is_what_the_first_token_is_drawn_from(tiny):
     with torch.no_grad():
         logits = model(**inputs).logits[0, place]
         np.testing.assert_allclose(model.lm_head(torch.tensor(sample.hidden)), logits, atol=1e-4)
+
+
+def test_hidden_states_that_play_did_not_show_are_computed_for_all_at_once_and_kept(tiny, monkeypatch):
+    """Of an engine like vLLM: each rank computes its share, in batches over all episodes, and a kill costs none."""
+    model, processor = tiny
+    sampler = SimpleNamespace(shows_hidden=False)
+    spec = Spec(SEEDS, 3, SHOWN, together=2, fingerprint="x")
+
+    def rank(number: int) -> SelfPlay:
+        trainer = SimpleNamespace(
+            model=SimpleNamespace(get_base_model=lambda: model),
+            processing_class=processor,
+            accelerator=SimpleNamespace(process_index=number, num_processes=2, unwrap_model=lambda model: model),
+            args=SimpleNamespace(per_device_train_batch_size=4),
+            to_device=lambda value: value,
+        )
+        play = SelfPlay.__new__(SelfPlay)
+        play.trainer, play.sampler = trainer, sampler
+        return play
+
+    with Ledger("apart") as ledger:
+        played = share(tiny, ledger, remote=True)
+        rank(1)._add_hidden(ledger, spec)
+        done = ledger.keys()
+        assert [rollouts.hidden_key("x", place) in done for place in range(4)] == [False, True, False, True]
+        rank(0)._add_hidden(ledger, spec)
+        asked: list[int] = []
+        monkeypatch.setattr(rollouts, "encoded", lambda steps, *_: asked.append(len(steps)))
+        rank(0)._add_hidden(ledger, spec)
+        assert not asked  # nothing is computed again
+        for place, episode in rollouts.with_hidden(ledger, "x", played).items():
+            for step, before in zip(episode.steps, played[place].steps, strict=True):
+                np.testing.assert_allclose(step.reply.sample.hidden, before.reply.sample.hidden, atol=1e-5)
 
 
 def test_rollouts_are_a_trace_with_advantages(tiny, tmp_path):
@@ -187,6 +224,7 @@ def test_two_ranks_make_the_update_of_one(adapted, tmp_path, advantage):
     [
         ("max_invalid_rate", 0.0, "the share of invalid replies was", 1),
         ("max_kl", 1e-12, "the KL divergence to the SFT policy was", 2),  # in the first it's 0
+        ("max_sampler_mismatch", 1e-12, "the sampler's distance from the trainer was", 1),
     ],
 )
 def test_a_run_that_leaves_its_bounds_stops_and_gives_the_best_adapter(
@@ -204,3 +242,19 @@ def test_a_run_that_leaves_its_bounds_stops_and_gives_the_best_adapter(
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert (tmp_path / "top/data/rl/rollouts.parquet").exists()
     assert len((tmp_path / "top/metrics/plots/rl.csv").read_text().splitlines()) == 1 + iterations
+
+
+def test_a_base_in_4_bits_is_trained_on_and_played_with_whole(adapted, tmp_path):
+    """QLoRA: the sampler's own copy has the whole weights, and the ratio to the trainer's corrects for that."""
+    changes = {"quantization": "nf4", "iterations": 2, "max_sampler_mismatch": 10.0}
+    done = train(tmp_path / "top", adapted, 1, {f"profiles.tiny.rl.{name}": value for name, value in changes.items()})
+    assert done.returncode == 0, done.stderr[-3000:]
+    with (tmp_path / "top/metrics/plots/rl_training.csv").open() as file:
+        rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+    assert len(rows) == 2 and np.isfinite([list(row.values()) for row in rows]).all()
+    assert 1e-5 < rows[0]["sampler_mismatch"] < 1
+    before, after = (
+        load_file(folder / "adapter_model.safetensors")
+        for folder in (adapted / "sft", next((tmp_path / "top").glob("cache/rl/*/checkpoint-4")))
+    )
+    assert before.keys() == after.keys() and any(not torch.equal(before[name], after[name]) for name in before)

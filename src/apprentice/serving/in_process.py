@@ -157,8 +157,13 @@ def generate(
     mask = inputs["attention_mask"]
     tokens, logprobs = [], []
     running = torch.ones(len(rows), dtype=torch.bool, device=model.device)
-    output = model(**inputs, use_cache=True, logits_to_keep=1, output_hidden_states=True)
-    hidden = output.hidden_states[-1][:, -1].float().cpu().numpy()
+    states: list[torch.Tensor] = []
+    hook = model.model.register_forward_hook(lambda *called: states.append(called[-1].last_hidden_state[:, -1]))
+    try:
+        output = model(**inputs, use_cache=True, logits_to_keep=1)
+    finally:
+        hook.remove()
+    hidden = states[0].float().cpu().numpy()
     positions = mask.sum(dim=1, keepdim=True)
     if "pixel_values" in inputs:  # without, the model would still have the shifts of its last pictures
         positions = positions + model.model.rope_deltas.view(-1, 1)

@@ -64,7 +64,7 @@ class OnVllm:
     def begin(self, seed: int) -> "_VllmPlayer":
         member = self._begun[seed]
         self._begun[seed] += 1
-        server = self.servers[(self.random_seed + self._begun.total()) % len(self.servers)]
+        server = self.servers[self._begun.total() % len(self.servers)]  # in turn
         self._alive += 1
         return _VllmPlayer(self, server, np.random.default_rng([self.random_seed, seed, member]))
 

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,10 +29,10 @@ from apprentice.world.observation import SIZE
 
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """The LoRA ranks that vLLM's kernels are made for."""
-_CONTEXT = 4096
-"""Tokens of a prompt and its reply at most."""
 ENDED = ".ended"
 """The file beside a server's log that says that it will not be started again; every rank looks for it."""
+ASLEEP = ".asleep"
+"""The file beside a server's log that says that it sleeps: if it ends, it's not started before it's to wake."""
 _VARIABLES = {
     "PYTHONPATH": str(Path(__file__).parent / "vllm_processes"),
     "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
@@ -109,14 +109,45 @@ class Server:
         return [model["id"] for model in models if model["parent"]]
 
     def unload(self, name: str) -> None:
-        httpx2.post(f"{self.url}/v1/unload_lora_adapter", json={"lora_name": name}, timeout=self.timeout)
+        """Forget an adapter; a server that has ended has forgotten it."""
+        with suppress(httpx2.HTTPError):
+            httpx2.post(f"{self.url}/v1/unload_lora_adapter", json={"lora_name": name}, timeout=self.timeout)
+
+    def reload(self, adapter: Adapter) -> None:
+        """Load an adapter anew, and forget what was computed with it."""
+        self.unload(adapter.name)
+        with suppress(httpx2.HTTPError):
+            for cache in ("prefix", "encoder"):
+                httpx2.post(f"{self.url}/reset_{cache}_cache", timeout=self.timeout)
+        self.ready(adapter)
 
     def sleep(self) -> None:
-        """Give the GPU's memory back; what is in it is kept in the host's."""
-        httpx2.post(f"{self.url}/sleep?level=1", timeout=self.timeout).raise_for_status()
+        """Give the GPU's memory back; what is in it is kept in the host's.
+
+        One that has ended meanwhile is started first, so that it's asleep afterwards in any case. Raises WorkError
+        when it won't.
+        """
+        for _ in range(2):
+            self.asleep.touch()
+            with suppress(httpx2.HTTPError):
+                httpx2.post(f"{self.url}/sleep?level=1", timeout=self.timeout).raise_for_status()
+                return
+            self.asleep.unlink(missing_ok=True)
+            self.ready()
+        raise WorkError(f"{self.url} does not go to sleep{self.last_words()}")
 
     def wake(self) -> None:
-        httpx2.post(f"{self.url}/wake_up", timeout=self.timeout).raise_for_status()
+        """Take the GPU's memory again; one that has ended in its sleep is started. Raises WorkError when it won't."""
+        self.asleep.unlink(missing_ok=True)
+        with suppress(httpx2.HTTPError):
+            httpx2.post(f"{self.url}/wake_up", timeout=self.timeout).raise_for_status()
+        self.ready()
+
+    @property
+    def asleep(self) -> Path:
+        """The file that is there while it sleeps."""
+        assert self.log, "only servers that this program has started take turns with a trainer"
+        return Path(self.log + ASLEEP)
 
     def last_words(self) -> str:
         """The end of its log, for an error message."""
@@ -131,7 +162,8 @@ class Plan:
     """Which GPUs the student plays on and which train."""
 
     replicas: tuple[str | None, ...]
-    """The GPU of each server, None on a machine without; no server at all is in process."""
+    """The GPUs of each server, as CUDA_VISIBLE_DEVICES has them, None on a machine without; no server at all is in
+    process."""
     training: tuple[str, ...] | None = None
     """GPUs left to the trainer where the servers have theirs to themselves; None are all there are."""
     sleeps: bool = False
@@ -150,14 +182,25 @@ def plan(settings: Vllm, here: list[str], training: bool) -> Plan:
             "(or on a CPU: make vllm), or name the program as vllm.program or in APPRENTICE_VLLM"
         )
     if settings.gpus is None:
-        return Plan(tuple(here) or (None,), sleeps=training and bool(here))
+        return Plan(_replicas(here, settings) or (None,), sleeps=training and bool(here))
     if missing := [number for number in settings.gpus if number >= len(here)]:
         raise ConfigError(f"compute.yaml: vllm.gpus names {missing}, and this machine has {len(here)} GPUs")
-    own = tuple(here[number] for number in settings.gpus)
+    own = [here[number] for number in settings.gpus]
     rest = tuple(name for name in here if name not in own)
     if training and not rest:
         raise ConfigError("compute.yaml: vllm.gpus leaves no GPU to train on; name fewer, or null to take turns")
-    return Plan(own, rest if training else None)
+    return Plan(_replicas(own, settings), rest if training else None)
+
+
+def _replicas(gpus: Sequence[str], settings: Vllm) -> tuple[str, ...]:
+    """The GPUs of each server. Raises ConfigError where some would be left over."""
+    each = settings.tensor_parallel_size
+    if len(gpus) % each:
+        raise ConfigError(
+            f"compute.yaml: vllm.tensor_parallel_size is {each}, and {len(gpus)} GPUs are no multiple of it; name as "
+            "many as are under vllm.gpus, or write 1"
+        )
+    return tuple(",".join(gpus[first : first + each]) for first in range(0, len(gpus), each))
 
 
 def program(settings: Vllm) -> str | None:
@@ -171,12 +214,12 @@ def places(settings: Vllm) -> list[Path]:
     return [Path(named)] if named else [Path(sys.executable).parent / "vllm", Path(".venv-vllm/bin/vllm")]
 
 
-def command(program: str, base: Path, url: str, dtype: str, rank: int, memory: float | None, sleeps: bool) -> list[str]:
-    """How a server is started. memory: its share of a GPU's, None on a CPU."""
+def command(settings: Vllm, base: Path, url: str, dtype: str, rank: int, on_gpu: bool, sleeps: bool) -> list[str]:
+    """How a server is started. rank: the adapters' highest. sleeps: it takes turns with a trainer."""
     host, port = url.removeprefix("http://").split(":")
     flags = {
         **{"--host": host, "--port": port, "--served-model-name": "base", "--dtype": dtype},
-        "--max-model-len": _CONTEXT,
+        "--max-model-len": settings.max_model_len,
         "--limit-mm-per-prompt": json.dumps({"image": 1, "video": 0}),
         "--tool-call-parser": "hermes",
         # Our template, and none of the sampling settings that a model comes with.
@@ -186,17 +229,21 @@ def command(program: str, base: Path, url: str, dtype: str, rank: int, memory: f
         # Of what was drawn from: after temperature and banned tokens.
         **{"--logprobs-mode": "processed_logprobs", "--max-logprobs": -1},
     }
-    if memory is not None:
-        flags["--gpu-memory-utilization"] = memory
+    if on_gpu:
+        flags["--gpu-memory-utilization"] = settings.gpu_memory or (0.45 if sleeps else 0.85)
+        flags["--tensor-parallel-size"] = settings.tensor_parallel_size
     # Without the connector's flag, vLLM ignores an adapter's weights in the vision tower and says nothing.
     switches = ["--enable-auto-tool-choice", "--enable-lora", "--enable-tower-connector-lora"]
     # A step that ends within a picture's tokens is where deepstack models have been wrong.
-    switches += ["--enable-prefix-caching", "--disable-chunked-mm-input"]
+    switches += ["--disable-chunked-mm-input"]
+    switches += ["--enable-prefix-caching" if settings.prefix_caching else "--no-enable-prefix-caching"]
     switches += ["--enable-sleep-mode"] if sleeps else []
+    switches += [] if on_gpu and settings.cuda_graphs else ["--enforce-eager"]
     # On a CPU a prompt that is read in two steps ends the engine, if its request has a seed.
-    switches += ["--enforce-eager", "--no-enable-chunked-prefill"] if memory is None else []
+    switches += [] if on_gpu else ["--no-enable-chunked-prefill"]
     switches += ["--disable-uvicorn-access-log"]
-    return [program, "serve", str(base), *(str(part) for pair in flags.items() for part in pair), *switches]
+    flat = [str(part) for pair in flags.items() for part in pair]
+    return [str(program(settings)), "serve", str(base), *flat, *switches]
 
 
 class Servers:
@@ -272,17 +319,19 @@ class Servers:
             print(f"{server.url}: vLLM has ended ({how}){'; starting it again' if again else ''}", file=sys.stderr)
             if not again:
                 break
+            while server.asleep.exists() and not self._ending:  # the trainer has the memory
+                time.sleep(0.2)
         Path(server.log + ENDED).touch()
 
     def _start(self, server: Server, gpu: str | None) -> subprocess.Popen:
-        memory = None if gpu is None else self._settings.gpu_memory or (0.45 if self._plan.sleeps else 0.9)
         arguments = command(
-            program(self._settings), self._base, server.url, self._dtype, self._rank, memory, self._plan.sleeps
+            self._settings, self._base, server.url, self._dtype, self._rank, gpu is not None, self._plan.sleeps
         )
+        variables = _VARIABLES | (_ON_CPU if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})
         with open(server.log, "ab") as log:
             return subprocess.Popen(
                 arguments,
-                env=os.environ | _VARIABLES | (_ON_CPU if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}),
+                env=os.environ | variables | self._settings.environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,9 @@ _STATIONS = {TILES.index(name) for name in ("table", "furnace")}
 RIDGE = 300.0
 """Weight of the ridge penalty in decisions. On 16 episodes of the tiny student it explained most of 16 others' returns:
 R² 0.26 with 1, 0.33 with 30, 0.38 with 300, 0.33 with 1,000."""
+RIDGES = (RIDGE, 3e3, 3e4, 3e5)
+"""Weights of the penalty on hidden states, of which the folds choose one. The tiny student has 128 of them, and Qwen
+2,048 and more, which would be fitted to noise; with the last weight, they have hardly a say."""
 FOLDS = 4
 """Parts of the groups, each measured by the value function of the others."""
 FORGET = 0.7
@@ -163,7 +167,8 @@ class Critic:
     state before it answers too: the turn-level critic of PPO for multi-turn agents (Odysseus, arXiv 2605.00347), which
     is as small as a critic can be, and is solved for rather than descended to.
 
-    An episode is measured by the other groups' episodes and by earlier iterations, never by its own outcome.
+    An episode is measured by the other groups' episodes and by earlier iterations, never by its own outcome. The
+    penalty on hidden states, too, is chosen for each fold by the others alone: the one with the least error there.
     """
 
     def __init__(self, folder: Path | None = None, iteration: int = 0):
@@ -191,11 +196,22 @@ class Critic:
         for index, pair in enumerate(zip(states, totals, strict=True)):
             row = np.column_stack(pair)
             parts[index // size % FOLDS] += row.T @ row
-        learnt = parts.sum(axis=0) + (0.0 if self.sums is None else FORGET * self.sums)
-        weights = [_ridge(learnt - part) for part in parts]
+        before, known = self.sums, features(episodes[0], settings.max_steps).shape[1]
+        learnt = parts.sum(axis=0) + (0.0 if before is None else FORGET * before)
+        ridges = _ridges(learnt, parts, known) if settings.advantage == "critic" else [RIDGE] * FOLDS
+        weights = [_ridge(learnt - part, ridge, known) for part, ridge in zip(parts, ridges, strict=True)]
+        if before is not None and settings.value_clip:
+            earlier = {ridge: _ridge(before, ridge, known) for ridge in set(ridges)}
+            count = max(before[0, 0], 1.0)
+            most = settings.value_clip * (before[-1, -1] / count - (before[0, -1] / count) ** 2) ** 0.5
         found = []
         for index, (values, state) in enumerate(zip(earned, states, strict=True)):
-            expected = np.append(state @ weights[index // size % FOLDS], 0.0)  # nothing comes after the end
+            fold = index // size % FOLDS
+            value = state @ weights[fold]
+            if before is not None and settings.value_clip:
+                old = state @ earlier[ridges[fold]]
+                value = np.clip(value, old - most, old + most)
+            expected = np.append(value, 0.0)  # nothing comes after the end
             surprise = values + settings.discount * expected[1:] - expected[:-1]
             found.append(np.array(returns(surprise.tolist(), settings.discount * settings.gae_lambda)))
         self.sums = learnt
@@ -215,15 +231,28 @@ def features(episode: Episode, max_steps: int) -> np.ndarray:
     return np.array(rows)
 
 
-def _ridge(sums: np.ndarray) -> np.ndarray:
+def _ridge(sums: np.ndarray, ridge: float, known: int) -> np.ndarray:
     """The weights of a ridge regression, from the second moments of features (the first is 1) and target.
 
-    A weight is penalised by its feature's variance, as if all had been standardised.
+    A weight is penalised by its feature's variance, as if all had been standardised: those of the first `known`
+    features, which are no hidden states, by RIDGE, the others by `ridge`.
     """
     products, with_target = sums[:-1, :-1], sums[:-1, -1]
     count = max(products[0, 0], 1.0)
     variances = np.diag(products) / count - (products[0] / count) ** 2
-    return np.linalg.solve(products + np.diag(RIDGE * variances + 1e-3), with_target)
+    penalties = np.where(np.arange(len(products)) < known, RIDGE, ridge) * variances
+    return np.linalg.solve(products + np.diag(penalties + 1e-3), with_target)
+
+
+def _ridges(learnt: np.ndarray, parts: np.ndarray, known: int) -> list[float]:
+    """For each fold the penalty of RIDGES that errs least on the other folds, each predicted without both."""
+    errors = np.zeros((FOLDS, len(RIDGES)))
+    for one, other in combinations(range(FOLDS), 2):
+        for place, ridge in enumerate(RIDGES):
+            residual = np.append(_ridge(learnt - parts[one] - parts[other], ridge, known), -1.0)
+            errors[one, place] += residual @ parts[other] @ residual
+            errors[other, place] += residual @ parts[one] @ residual
+    return [RIDGES[place] for place in errors.argmin(axis=1)]
 
 
 def _divided(found: list[np.ndarray]) -> list[np.ndarray]:

@@ -6,9 +6,11 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from datetime import timedelta
+from functools import cache
 
 import torch
-from torch import multiprocessing
+from torch import distributed, multiprocessing
 
 from apprentice import gpus
 from apprentice.errors import ConfigError, WorkError, fail
@@ -88,6 +90,21 @@ def launch(
     finally:
         for process in context.processes:
             process.kill()
+
+
+def wait() -> None:
+    """Wait until every rank is here. To be called in all ranks, or in none.
+
+    The ranks wait on the processor, for up to a day: some have longer to play than others, and NCCL's barriers would
+    keep a GPU busy that a server plays on meanwhile.
+    """
+    if distributed.is_initialized() and distributed.get_world_size() > 1:
+        distributed.barrier(_on_the_processor())
+
+
+@cache
+def _on_the_processor() -> distributed.ProcessGroup:
+    return distributed.new_group(backend="gloo", timeout=timedelta(days=1))
 
 
 def _rank(rank: int, work: Callable[..., None], ranks: int, port: int, relief: str, args: tuple) -> None:

@@ -11,6 +11,7 @@ from apprentice.data import judge as judging
 from apprentice.episode import Episode
 from apprentice.errors import ConfigError
 from apprentice.params import Judge
+from apprentice.training import devices
 from apprentice.training.reward import with_mean
 
 
@@ -29,6 +30,7 @@ class Judged:
         found: list = [None]
         if PartialState().is_main_process:
             found = [self._asked(episodes)]
+        devices.wait()  # the judge may take minutes
         known = broadcast_object_list(found)[0]
         given = [score for score in known if score is not None]
         groups = [known[start : start + self.group_size] for start in range(0, len(known), self.group_size)]

@@ -40,23 +40,24 @@ def play_share(
     ledger: Ledger,
     rank: int = 0,
     ranks: int = 1,
-    complete: Callable[[Episode], Episode] = lambda episode: episode,
 ) -> dict[int, Episode]:
     """Play those episodes of a rank's share that the ledger lacks; returns them by their place in the spec's seeds.
 
     policy(place): a policy whose draws depend on the place, so that they are the same whatever was played before. The
     spec's fingerprint and the place are an episode's key in the ledger. If one of an in-process policy's company is
-    missing, the company is played again as a whole. Episodes of other policies are independent of each other.
-    complete: what is done with an episode that has ended before it's kept.
+    missing, the company is played again as a whole, and all of it by one rank. Episodes of other policies are
+    independent of each other: each rank has as many.
     """
-    seeds, name, together = spec.seeds, spec.fingerprint, spec.together
+    seeds, name = spec.seeds, spec.fingerprint
+    in_company = isinstance(policy(0), InProcess)
+    together = spec.together if in_company else 1
     done = ledger.keys()
     missing = [
         place for place in range(len(seeds)) if place // together % ranks == rank and f"{name} {place}" not in done
     ]
     if not missing:
         return {}
-    if isinstance(policy(missing[0]), InProcess):
+    if in_company:
         starts = sorted({place // together * together for place in missing})
         companies = [range(start, min(start + together, len(seeds))) for start in starts]
         parties = ((company, policy(company[0])) for company in companies)
@@ -65,8 +66,8 @@ def play_share(
     played = {}
 
     def keep(company: Sequence[int], at: int, episode: Episode) -> None:
-        played[company[at]] = complete(episode)
-        ledger.add(f"{name} {company[at]}", to_bytes(played[company[at]]))
+        played[company[at]] = episode
+        ledger.add(f"{name} {company[at]}", to_bytes(episode))
 
     for company, players in parties:
         play(players, replace(spec, seeds=[seeds[place] for place in company]), partial(keep, company))
@@ -95,6 +96,25 @@ def read(ledger: Ledger, name: str, places: Iterable[int]) -> Iterator[Episode]:
             for step, row in zip(episode.steps, rows, strict=True)
         ]
         yield replace(episode, steps=tuple(steps))
+
+
+def hidden_key(name: str, place: int) -> str:
+    """The ledger's key of an episode's hidden states, (decisions, features) float32, where play did not show them."""
+    return f"{name} {place} hidden"
+
+
+def with_hidden(ledger: Ledger, name: str, episodes: dict[int, Episode]) -> dict[int, Episode]:
+    """The episodes, by place, with the hidden states that the ledger has of them."""
+    found, records = {}, ledger.records(hidden_key(name, place) for place in episodes)
+    for (place, episode), data in zip(episodes.items(), records, strict=True):
+        states = np.frombuffer(data, np.float32).reshape(len(episode.steps), -1)
+        steps = [
+            replace(step, reply=replace(step.reply, sample=Sample(sample.encoded, sample.logprobs, state)))
+            for step, state in zip(episode.steps, states, strict=True)
+            if (sample := step.reply.sample)
+        ]
+        found[place] = replace(episode, steps=tuple(steps))
+    return found
 
 
 def to_bytes(episode: Episode) -> bytes:
@@ -131,15 +151,24 @@ def encoded(steps: Sequence[Step], settings: Prompt, processor: "Qwen3VLProcesso
         if not known.prompt_ids or (known.pixel_values is None and settings.mode != "text")
     ]
     turns = [Turn(steps[place].observation, steps[place].history, settings) for place in lacking]
-    for place, here in zip(lacking, shown(processor, turns) if turns else [], strict=True):
-        known = found[place]
-        if known.prompt_ids and known.prompt_ids != here.prompt_ids:
-            raise WorkError(
-                "the vLLM server renders other prompts than training does: it has another model or another chat "
-                "template; let it serve models/base with the flags of serving/vllm.py"
-            )
-        found[place] = replace(here, answer_ids=known.answer_ids)
+    rendered = shown(processor, turns) if turns else []
+    for place, row in zip(lacking, with_answers(rendered, [found[place] for place in lacking]), strict=True):
+        found[place] = row
     return found
+
+
+def with_answers(rendered: Sequence[Encoded], known: Sequence[Encoded]) -> list[Encoded]:
+    """What is rendered here, with the answers of what a server, or the ledger, knows of the same decisions.
+
+    Raises WorkError if a server was shown something else.
+    """
+    pairs = list(zip(rendered, known, strict=True))
+    if any(there.prompt_ids and there.prompt_ids != here.prompt_ids for here, there in pairs):
+        raise WorkError(
+            "the vLLM server renders other prompts than training does: it has another model or another chat "
+            "template; let it serve models/base with the flags of serving/vllm.py"
+        )
+    return [replace(here, answer_ids=there.answer_ids) for here, there in pairs]
 
 
 SCHEMA = pa.schema(

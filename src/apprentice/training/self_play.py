@@ -24,7 +24,7 @@ from apprentice.ledger import Ledger
 from apprentice.params import Profile, Reward
 from apprentice.play import Spec
 from apprentice.student.encoding import batch
-from apprentice.training import rollouts
+from apprentice.training import devices, rollouts
 from apprentice.training.reward import rewards
 from apprentice.training.rl import RlTrainer
 from apprentice.training.sampler import Sampler
@@ -118,25 +118,25 @@ class SelfPlay:
             together=sampling.batch_size,
             fingerprint=f"{weights} {purpose} {iteration}",
         )
-        complete = self._with_hidden if rl.advantage == "critic" and ours else lambda episode: episode
+        hidden = ours and rl.advantage == "critic" and not self.sampler.shows_hidden
 
         def policy(place: int):
             numbers = [rl.random_seed, 7, iteration, place, int(ours)]
             temperature = rl.temperature if ours else sampling.temperature
             seed = int(np.random.default_rng(numbers).integers(2**62))
-            return self.sampler.policy(temperature, sampling.max_tokens, seed)
+            return self.sampler.policy(temperature, sampling.max_tokens, seed, place)
 
         def share() -> dict[int, Episode]:
             with Ledger(ledger_name) as ledger:
                 rank, ranks = accelerator.process_index, accelerator.num_processes
-                return rollouts.play_share(policy, spec, ledger, rank, ranks, complete)
+                return rollouts.play_share(policy, spec, ledger, rank, ranks)
 
         self.sampler.wake()
         self.sampler.update(self._model, iteration)
         if self._first:
             with Ledger(ledger_name) as ledger:
                 ledger.forget(weights)
-        accelerator.wait_for_everyone()
+        devices.wait()
         played: Future[dict[int, Episode]] = Future()
         if ahead and self.sampler.apart:
             # Ranks speak to each other in the main thread only; a daemon holds up nobody who ends early.
@@ -144,39 +144,41 @@ class SelfPlay:
         else:
             played.set_result(share())
             self.sampler.sleep()
+            if hidden:
+                with Ledger(ledger_name) as ledger:
+                    self._add_hidden(ledger, spec)
 
         def episodes() -> list[Episode]:
-            mine = played.result()
-            accelerator.wait_for_everyone()
+            mine, places = played.result(), range(len(seeds))
+            devices.wait()
             with Ledger(ledger_name) as ledger:
-                others = [place for place in range(len(seeds)) if place not in mine]
+                others = [place for place in places if place not in mine]
                 found = mine | dict(zip(others, rollouts.read(ledger, spec.fingerprint, others), strict=True))
-            accelerator.wait_for_everyone()  # the first rank may go on to other weights, and forget these
-            return [found[place] for place in range(len(seeds))]
+                if hidden:
+                    found = rollouts.with_hidden(ledger, spec.fingerprint, found)
+            devices.wait()  # the first rank may go on to other weights, and forget these
+            return [found[place] for place in places]
 
         return episodes
 
     @torch.no_grad()
-    def _with_hidden(self, episode: Episode) -> Episode:
-        """The episode with the hidden states that an engine did not show."""
-        if all(step.reply.sample.hidden is not None for step in episode.steps):
-            return episode
-        trainer, steps = self.trainer, []
-        model, size, processor = (
-            self._model.get_base_model(),
-            trainer.args.per_device_train_batch_size,
-            trainer.processing_class,
-        )
-        for start in range(0, len(episode.steps), size):
-            part = episode.steps[start : start + size]
-            shown = rollouts.encoded(part, self.profile.prompt, processor)
-            inputs = batch(processor, [replace(row, answer_ids=[]) for row in shown])
+    def _add_hidden(self, ledger: Ledger, spec: Spec) -> None:
+        """Compute the hidden states that an engine did not show, of this rank's share, and keep them in the ledger."""
+        trainer, processor, model = self.trainer, self.trainer.processing_class, self._model.get_base_model()
+        rank, ranks = trainer.accelerator.process_index, trainer.accelerator.num_processes
+        size, done = trainer.args.per_device_train_batch_size, ledger.keys()
+        name = spec.fingerprint
+        places = [at for at in range(rank, len(spec.seeds), ranks) if rollouts.hidden_key(name, at) not in done]
+        episodes = list(rollouts.read(ledger, name, places))
+        steps, states = [step for episode in episodes for step in episode.steps], []
+        for start in range(0, len(steps), size):
+            rows = rollouts.encoded(steps[start : start + size], spec.prompt, processor)
+            inputs = batch(processor, [replace(row, answer_ids=[]) for row in rows])
             inputs = {name: trainer.to_device(value) for name, value in inputs.items() if name != "labels"}
-            hidden = model.model(**inputs).last_hidden_state[:, -1].float().cpu().numpy()
-            for step, state in zip(part, hidden, strict=True):
-                sample = replace(step.reply.sample, hidden=state)
-                steps.append(replace(step, reply=replace(step.reply, sample=sample)))
-        return replace(episode, steps=tuple(steps))
+            states.append(model.model(**inputs).last_hidden_state[:, -1].float().cpu().numpy())
+        ends = np.cumsum([len(episode.steps) for episode in episodes])
+        for place, found in zip(places, np.split(np.concatenate(states), ends[:-1]) if states else [], strict=True):
+            ledger.add(rollouts.hidden_key(name, place), found.tobytes())
 
 
 def summary(episodes: Sequence[Episode], reward: Reward, seconds: float) -> dict[str, float]:
