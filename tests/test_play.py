@@ -20,6 +20,7 @@ import pytest
 from apprentice import prompt, store, world
 from apprentice.cache import cache_folder
 from apprentice.episode import HISTORY, Episode, Reply
+from apprentice.errors import WorkError
 from apprentice.files import digest
 from apprentice.fingerprint import fingerprint
 from apprentice.ledger import Ledger
@@ -235,10 +236,19 @@ def test_a_player_is_ended_once_also_when_it_fails():
     one(policy, max_steps=3)
     assert policy.ended == 1
     policy = Says(act("noop"), RuntimeError("out of credit"))
-    with pytest.raises(ExceptionGroup) as raised:
+    with pytest.raises(RuntimeError, match="out of credit"):
         one(policy, max_steps=3)
-    assert raised.group_contains(RuntimeError, match="out of credit")
     assert policy.ended == 1
+
+
+@pytest.mark.parametrize(
+    "error", [WorkError("vLLM does not answer"), MemoryError("can't allocate memory"), OSError(28)]
+)
+def test_an_error_in_play_reaches_the_caller_as_it_was_raised_with_its_cause(error):
+    error.__cause__ = ValueError("why")
+    with pytest.raises(type(error)) as raised:
+        play(Says(act("noop"), error), Spec(range(5), 3, SHOWN))
+    assert raised.value is error and isinstance(error.__cause__, ValueError)
 
 
 def test_episodes_come_in_the_order_of_the_seeds_and_are_as_if_played_alone():

@@ -130,7 +130,9 @@ class Endpoint(Section):
     price: Price | None = None
     """Instead of the one in prices.yaml."""
     max_cost_usd: PositiveFloat | None = None
-    """Dollars that all runs with these settings may cost together; a run stops before it would pass them."""
+    """Dollars that all who ask with these settings may pay together, in all runs: a teacher, an agent of the benchmark,
+    the judge, `apprentice serve`. Nothing is asked that could pass them; what isn't known to have cost less counts as
+    the most that it can be."""
     concurrency: Annotated[int, Field(ge=1, le=1000)] = 16
     """Episodes under way at once, each with one request at a time."""
     timeout: PositiveFloat = 120.0
@@ -151,6 +153,8 @@ class Endpoint(Section):
         ours = {"messages", "tools", "stream", "n", "max_completion_tokens", *type(self).model_fields}
         if ours := ours & self.extra_body.keys():
             raise ValueError(f"extra_body may not hold {', '.join(sorted(ours))}: that's set elsewhere, or not at all")
+        if "max_tokens_field" in self.model_fields_set and self.max_tokens is None:
+            raise ValueError("max_tokens_field does nothing without max_tokens; set that too, or remove it")
         if self.max_cost_usd is not None and self.max_tokens is None:
             raise ValueError("max_cost_usd needs max_tokens: without it, one reply may cost anything")
         return self
@@ -215,6 +219,15 @@ class Judge(Section):
     outcome: Criterion = Criterion(asks="how much the player achieved for the number of steps it had")
     events: dict[Name, Criterion] = {}
     """What to look at from step to step, by a name: survival: {asks: how well it kept its vitals up, weight: 0.5}."""
+
+    @model_validator(mode="after")
+    def _without_episodes(self):
+        if "max_failure_rate" in self.endpoint.model_fields_set:
+            raise ValueError(
+                "endpoint.max_failure_rate does nothing for a judge, whose failures end no episode; remove it, and see "
+                "filter.judge_missing"
+            )
+        return self
 
 
 class Filter(Section):

@@ -229,9 +229,8 @@ class Client:
                 return meaning
             if error:
                 return Fault(f"{meaning}{self._words(choice)}", answered=True)
-            return Fault(
-                f"the answer has no choices: {shown}", answered=True, reply=data if "choices" in data else None
-            )
+            reply = data if data.get("choices", choice) in ([], None) else None
+            return Fault(f"the answer has no choices: {shown}", answered=True, reply=reply)
         reason, called = choice.get("finish_reason"), {"tool_calls", "function_call"} & choice["message"].keys()
         reasons = [one for one in (reason, choice.get("native_finish_reason")) if isinstance(one, str) and one]
         if any(_FAILED.search(one.lower()) for one in reasons):

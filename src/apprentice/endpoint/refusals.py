@@ -24,7 +24,7 @@ _FILTER = re.compile(
 )
 _KEY = re.compile(r"api[ _-]?key|authenticat|unauthori[sz]ed")
 _MODEL = re.compile(
-    r"model_not_found|invalid_model|model_decommissioned|(invalid|unknown|no such|unsupported) model\b|"
+    r"model_not_found|invalid_model|model_decommissioned|(invalid|unknown|no such|unsupported|not a valid) model\b|"
     r"\bmodel\b.{0,80}(not found|not exist|not a valid|decommissioned|deprecated|not available)"
 )
 _PICTURE = re.compile(r"\bimages?\b|image_url|image input|multi-?modal|\bvision\b|\bpictures?\b|mmproj")
