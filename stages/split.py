@@ -36,7 +36,9 @@ def main() -> None:
     except ValueError as error:
         hint = "; imported rows are only trained on unless their metadata has a seed" if unknown else ""
         raise WorkError(f"split: {error}{hint}") from None
-    characters, counts, unplayable = 0, Counter(), Counter()
+    characters = 0
+    counts: Counter[str] = Counter()
+    unplayable: Counter[str] = Counter()
 
     def rows(validation: bool):
         nonlocal characters

@@ -259,9 +259,9 @@ def _turns(row: dict) -> list[_Turn]:
             try:
                 if 0 in (message.get("weight"), message.get("loss")):  # of OpenAI, of ms-swift
                     raise _Refused("weight 0")
-                before = [{"role": "system", "content": _system(system)}] if system else []
+                before: list[dict] = [{"role": "system", "content": _system(system)}] if system else []
                 user, picture = _user(shown)
-                messages = (*before, {"role": "user", "content": user})
+                messages: tuple[dict, ...] = (*before, {"role": "user", "content": user})
                 found.append(replace(turn, messages=messages, picture=picture))
             except _Refused as refused:
                 found.append(replace(turn, refused=str(refused)))
