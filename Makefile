@@ -12,8 +12,8 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 SKY_READY := .venv-sky/ready-$(shell cksum <requirements-sky.lock | tr ' ' '-')
 S3_READY := .venv-s3/ready-$(shell cksum <requirements-s3.lock | tr ' ' '-')
 
-.PHONY: setup repro test test-rehearsal test-openenv test-report test-vllm test-deepspeed test-gpu test-sky test-s3 vllm sky \
-    deps lint types clean
+.PHONY: setup repro test test-kill test-rehearsal test-openenv test-report test-vllm test-deepspeed test-gpu test-sky \
+    test-s3 vllm sky deps lint types checkout clean
 
 repro: setup ## the whole pipeline, only what has changed
 	dvc repro
@@ -39,6 +39,9 @@ test-gpu: ## what only a GPU shows; on APPRENTICE_PYTHON, .venv or PYTHON, which
 	done; \
 	test -n "$$python" || { $(MAKE) setup && python=$(VENV)/bin/python; } && \
 	PYTHONPATH="src:$$PYTHONPATH" "$$python" -m pytest tests/on_gpu.py --verbose --capture=no -rs --durations=0 --durations-min=1
+
+test-kill: setup ## each stage killed at random moments and run again; KILL_SEED=1 draws others
+	python -m pytest --capture no tests/kill.py
 
 test-report: setup ## the report in a headless Chromium, from Debian's packages if there's none
 	command -v chromium > /dev/null || (apt-get update --quiet && apt-get install --quiet --yes -o DPkg::Lock::Timeout=600 --no-install-recommends \
@@ -72,6 +75,12 @@ types: setup ## errors of types that mypy-baseline.txt doesn't have; those that 
 	mypy | mypy-baseline filter || (echo "an error that is gone leaves the list by: mypy | mypy-baseline sync"; false)
 
 setup: $(READY)
+
+$(READY): | checkout
+
+checkout: # said at once, not by DVC after minutes of set-up
+	@git rev-parse --git-dir > /dev/null || { echo "DVC needs a git checkout. In an unpacked ZIP, run git init first" >&2; exit 2; }
+	@test -w . || { echo "$(CURDIR) cannot be written to. Copy it to a folder that you can write to, and run make there" >&2; exit 2; }
 
 $(READY): requirements.lock pyproject.toml src/apprentice/student/torchvision_operators.py
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)

@@ -1,5 +1,7 @@
 """DVC's experiments, as their users run them: a stage computes with the code of its own checkout."""
 
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -64,3 +66,12 @@ def test_a_queued_experiment_runs_its_own_code_and_not_the_workspaces(tmp_path):
     edit(top, "params.py", '"quick": 123', '"quick": 77')
     run(top, cache, *dvc, "exp", "run", "--run-all", installed=top)
     assert (steps("first"), steps("second")) == (200, 123)
+
+
+def test_make_says_at_once_that_there_is_no_git_checkout(tmp_path):
+    for name in ("Makefile", "pyproject.toml", *(file.name for file in ROOT.glob("requirements*.lock"))):
+        shutil.copy(ROOT / name, tmp_path)
+    variables = os.environ | {"GIT_CEILING_DIRECTORIES": str(tmp_path.parent)}
+    done = subprocess.run(["make", "repro"], cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and "run git init first" in done.stderr
+    assert not (tmp_path / ".venv").exists()
