@@ -428,6 +428,25 @@ def test_a_request_that_waits_for_its_retry_is_not_sent_when_another_is_refused(
         assert len(server.requests) == 2
 
 
+def _opened(folder: str, start) -> None:
+    os.environ["APPRENTICE_CACHE"] = folder
+    start.wait()
+    with Purse(Endpoint(model="m", api_key_env=None), "gpt"):
+        pass
+
+
+def test_many_processes_may_be_the_first_to_open_a_purse(tmp_path):
+    context = multiprocessing.get_context("fork")
+    for number in range(5):
+        start = context.Barrier(6)
+        processes = [context.Process(target=_opened, args=(str(tmp_path / str(number)), start)) for _ in range(6)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+            assert process.exitcode == 0
+
+
 def test_a_purse_is_opened_by_many_at_once_and_counts_each_once():
     settings = Endpoint(model="m", api_key_env=None)
 

@@ -54,6 +54,9 @@ FAILED = {
     "an empty one": failed(""),
     "stop, with an error": failed("stop", error={"message": "upstream"}),
     "stop, with an error as text": failed("stop", error="upstream"),
+    "an error on the message": Answer(
+        {**NOOP.body, "choices": [{"message": {"content": "", "error": "upstream"}, "finish_reason": "stop"}]}
+    ),
     "an error beside it": Answer({**NOOP.body, "error": {"code": 502, "message": "upstream"}}),
     "an error beside it, without a message": Answer({**NOOP.body, "error": {"code": 502}}),
 }

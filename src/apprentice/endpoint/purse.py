@@ -8,8 +8,9 @@ than have been answered, and the most is what has been seen to be the most.
 
 import asyncio
 import os
+import sqlite3
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,14 +18,12 @@ from pathlib import Path
 from apprentice.cache import cache_folder
 from apprentice.endpoint import prices
 from apprentice.errors import OutOfMoney
+from apprentice.files import locked
 from apprentice.fingerprint import hashed
 from apprentice.ledger import opened, transaction, write
 from apprentice.params import Endpoint
 
 _TABLES = (
-    # Safe from a killed process, if not from a power cut; without a sync to disk, a record takes 0.2 ms.
-    "PRAGMA journal_mode = WAL",
-    "PRAGMA synchronous = NORMAL",
     # Requests without an end: under way, or lost with their process. Tokens are the most that there can be.
     "CREATE TABLE IF NOT EXISTS requests (number INTEGER PRIMARY KEY, agent TEXT, process INTEGER, until REAL, "
     "prompt_tokens INTEGER, completion_tokens INTEGER)",
@@ -36,9 +35,20 @@ _GRACE = 60.0
 """Seconds after its time-out in which a request of a living process may still end."""
 
 
-def database(asked: dict) -> Path:
+def path(asked: dict) -> Path:
     """Where payments and replies of an endpoint with these settings (`Endpoint.asked`) are kept."""
     return cache_folder() / "replies" / f"{hashed(asked)}.sqlite"
+
+
+def database(path: Path, tables: Iterable[str]) -> sqlite3.Connection:
+    """The database of this path, with these tables; any number of processes may use it at once."""
+    db = opened(path)
+    # Two that make it a database with a WAL at once would meet "database is locked", whatever the time-out.
+    with locked(path.with_suffix(".opening"), f"{path.name}: waiting for another process that opens it"):
+        # Safe from a killed process, if not from a power cut; without a sync to disk, a record takes 0.2 ms.
+        for statement in ("PRAGMA journal_mode = WAL", "PRAGMA synchronous = NORMAL", *tables):
+            write(db, path, statement)
+    return db
 
 
 @dataclass(eq=False)
@@ -78,10 +88,8 @@ class Purse:
     def __init__(self, endpoint: Endpoint, agent: str, whose: str = ""):
         self.endpoint, self.agent, self.whose = endpoint, agent, whose
         self.price = prices.price(endpoint)
-        self._path = database(endpoint.asked)
-        self._db = opened(self._path)
-        for statement in _TABLES:
-            write(self._db, self._path, statement)
+        self._path = path(endpoint.asked)
+        self._db = database(self._path, _TABLES)
         self._changed = asyncio.Event()
 
     def __enter__(self) -> "Purse":

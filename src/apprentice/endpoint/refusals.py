@@ -14,6 +14,7 @@ from apprentice.params import Endpoint
 
 _MONEY = re.compile(
     r"insufficient[ _](user[ _])?(quota|credit|balance|funds)|billing[ _](hard[ _]limit|not[ _]active)|credit balance|"
+    r"billing.{0,30}(disabled|enabled|suspended)|"
     r"(out of|no|more|all available|not enough) credits?\b|credits? (exhausted|depleted|limit)|spending limit|"
     r"payment[ _]required|exceeded_current_quota|monthly included credits|arrear|not enough balance|余额不足"
 )
@@ -55,12 +56,12 @@ class Filtered(Exception):
 
 
 def error_in(data: Any) -> Any:
-    """The error in an answer with status 200, beside the choices or on the first one; None if there is none."""
+    """The error in an answer with status 200: beside the choices, on the first one, or on its message. None if none."""
     if not isinstance(data, dict):
         return None
     choices = data.get("choices")
     first = choices[0] if isinstance(choices, list) and choices else None
-    for holder in (data, first):
+    for holder in (data, first, first.get("message") if isinstance(first, dict) else None):
         error = holder.get("error") if isinstance(holder, dict) else None
         if any(error.values()) if isinstance(error, dict) else error:
             return error

@@ -5,10 +5,10 @@ import json
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 
-from apprentice.endpoint.purse import database
+from apprentice.endpoint.purse import database, path
 from apprentice.episode import Reply
 from apprentice.files import locked
-from apprentice.ledger import opened, write
+from apprentice.ledger import write
 
 
 def shown_digest(messages: list[dict], tools: list[dict]) -> str:
@@ -28,23 +28,19 @@ class Replies:
     """
 
     def __init__(self, agent: str, settings: dict, alone: bool = False):
-        self.agent, self._path = agent, database(settings)
+        self.agent, self._path = agent, path(settings)
         self._held = ExitStack()
         if alone:
             waiting = f"{agent}: waiting for another process that plays it"
             self._held.enter_context(locked(self._path.with_name(f"{self._path.stem}-{agent}.lock"), waiting))
-        self._db = opened(self._path)
-        for statement in (
-            # Safe from a killed process, if not from a power cut; without a sync to disk, a record takes 0.2 ms.
-            "PRAGMA journal_mode = WAL",
-            "PRAGMA synchronous = NORMAL",
+        tables = (
             "CREATE TABLE IF NOT EXISTS replies (agent TEXT, seed INTEGER, decision INTEGER, shown TEXT, message TEXT, "
             "finish_reason TEXT, model TEXT, prompt_tokens INTEGER, completion_tokens INTEGER, cost REAL, "
             "seconds REAL, PRIMARY KEY (agent, seed, decision, shown))",
             "CREATE TABLE IF NOT EXISTS episodes (run TEXT, seed INTEGER, cost REAL, failure TEXT, code TEXT, "
             "data BLOB, PRIMARY KEY (run, seed))",
-        ):
-            write(self._db, self._path, statement)
+        )
+        self._db = database(self._path, tables)
 
     def __enter__(self) -> "Replies":
         return self
