@@ -45,7 +45,7 @@ REPLY = 30
 BATCHES = (32, 64, 128)
 PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
 """Dense bfloat16 FLOP/s, from NVIDIA's data sheets; of others, what a large product of matrices reaches."""
-MOST = 150.0
+MOST = 200.0
 """Seconds that a row may take, the start of the process or of a server with it."""
 PARTS = ("play", "worlds", "log-probabilities", "update", "sync")
 """Of an iteration of rl; worlds is the making of them."""
@@ -85,13 +85,16 @@ def main(
     print(line("size", "what", "tokens", "of peak", "decisions", "GiB", "took", "note"), flush=True)
     with tempfile.TemporaryDirectory() as top:
         worker = Worker()
-        for one in size:
-            jobs = [job for job in jobs_of(one, Path(top), steps) if any(name.startswith(only) for name in job.names)]
-            for job in jobs:
-                run(job, one, worker, last)
-            if write:
-                record(one, card, jobs)
-        worker.end()
+        try:
+            for one in size:
+                jobs = jobs_of(one, Path(top), steps)
+                for job in jobs:
+                    if any(name.startswith(only) for name in job.names):
+                        run(job, one, worker, last)
+                if write:
+                    record(one, card, jobs)
+        finally:
+            worker.end()
 
 
 def jobs_of(size: str, top: Path, steps: int) -> list[Job]:
@@ -144,7 +147,7 @@ def run(job: Job, size: str, worker: "Worker", last: float) -> None:
         if not job.found:
             worker.begin(job)
         try:
-            found = worker.next(MOST)
+            found = worker.next(min(MOST, max(30.0, last + 45 - began)))
         except RuntimeError as error:
             print(line(size, name, took=f"{time.monotonic() - began:.0f} s", note=str(error)), flush=True)
             return
