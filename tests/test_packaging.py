@@ -20,6 +20,7 @@ EXTRAS = {"base": PROJECT["dependencies"], **PROJECT["optional-dependencies"]}
 OF = {
     "apprentice": "pipeline",
     "apprentice.__init__": "base",
+    "apprentice.gpus": "train",
     "apprentice.world": "base",
     "apprentice.world.png": "pipeline",
     "apprentice.environment": "serve",
@@ -53,7 +54,8 @@ UNIMPORTED = {
     "torchvision": "Transformers imports it for processors",
 }
 """Declared and never imported here, with who uses it."""
-LOCAL = {path.stem for path in (ROOT / "tests").rglob("*.py")} | {"apprentice", "stages", "sft"}
+LOCAL = {path.stem for folder in ("tests", "stages") for path in (ROOT / folder).rglob("*.py")}
+LOCAL |= {"apprentice", "stages"}
 
 
 def declared(extra: str) -> set[str]:
