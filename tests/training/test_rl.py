@@ -17,13 +17,18 @@ from conftest import SHOWN
 from safetensors.torch import load_file
 from small import SMALL, checkout, environment
 
-from apprentice import store
+from apprentice import params, store
 from apprentice.ledger import Ledger
+from apprentice.pipeline import ROOT
 from apprentice.play import Spec
-from apprentice.serving.in_process import InProcess
+from apprentice.policy import Turn
+from apprentice.serving.in_process import InProcess, generate, shown
 from apprentice.student.encoding import batch
 from apprentice.training import rollouts
 from apprentice.training.self_play import SelfPlay
+from apprentice.world.world import World
+
+sys.path.append(str(ROOT / "stages"))
 
 SEEDS = [1, 1, 2, 2, 3, 3]
 
@@ -132,6 +137,31 @@ def test_hidden_states_that_play_did_not_show_are_computed_for_all_at_once_and_k
         for place, episode in rollouts.with_hidden(ledger, "x", played).items():
             for step, before in zip(episode.steps, played[place].steps, strict=True):
                 np.testing.assert_allclose(step.reply.sample.hidden, before.reply.sample.hidden, atol=1e-5)
+
+
+def test_play_asks_for_the_last_hidden_state_alone(tiny, monkeypatch):
+    """The same bytes as with those of all layers, which take as much memory again for each layer."""
+    model, processor = tiny
+    [turn] = [Turn(World(1).reset(), (), SHOWN)]
+    asked, forward = [], model.forward
+
+    def spied(*args, **kwargs):
+        asked.append(forward(*args, **kwargs | {"output_hidden_states": len(asked) == 0}))
+        assert not kwargs.get("output_hidden_states")
+        return asked[-1]
+
+    monkeypatch.setattr(model, "forward", spied)
+    [(_, _, hidden)] = generate(model, processor, shown(processor, [turn]), np.zeros((1, 2)), 1.0)
+    np.testing.assert_array_equal(hidden, asked[0].hidden_states[-1][0, -1].numpy())
+
+
+@pytest.mark.parametrize("setting", [False, True])
+def test_checkpointing_is_what_the_settings_say_on_any_device(tmp_path, setting):
+    import rl as stage
+
+    profile = params.load(ROOT / "params.yaml").profiles["tiny"]
+    profile = profile.model_copy(update={"rl": profile.rl.model_copy(update={"gradient_checkpointing": setting})})
+    assert bool(stage.arguments(profile, tmp_path, 8, 1).gradient_checkpointing) == setting
 
 
 def test_rollouts_are_a_trace_with_advantages(tiny, tmp_path):
