@@ -267,6 +267,8 @@ STUDENTS = {"benchmark_student@base", "benchmark_student@sft", "benchmark_studen
         ("profiles.tiny.dtype", "bfloat16", {"sft", "rl", "agreement", *STUDENTS}),
         ("profiles.tiny.prompt.history", 3, {"split", "student", "rl", *STUDENTS}),
         ("profiles.tiny.sampling.temperature", 0.9, {"rl", "agreement", *STUDENTS}),
+        ("profiles.tiny.sampling.max_tokens", 20, {"sft", "rl", "agreement", *STUDENTS}),
+        ("profiles.tiny.rl.evaluation.seeds", "310000", {"import@others", "rl"}),
         ("profiles.tiny.student.random_seed", 1, {"student", "sft", "rl", "report"}),
         ("profiles.tiny.sft.learning_rate", 1e-3, {"sft"}),
         ("profiles.tiny.rl.learning_rate", 1e-4, {"rl"}),
