@@ -1,10 +1,10 @@
 """`make test-kill`: every stage is killed at random moments and run again, and ends as if nothing had happened.
 
 A small pipeline runs undisturbed. Then each stage runs in a checkout and with a cache of its own, on the same inputs.
-It is killed by SIGKILL twice, at moments drawn between its begin and the time that it took undisturbed, and then run to
-its end. No output may be torn after a kill. At the end the outputs are the same bytes, and no file and no process is
-left behind. Of the paid teacher's stub nothing was asked for twice, but for what was under way at a kill.
-KILL_SEED draws other moments.
+It is killed by SIGKILL twice, at moments drawn between its begin and the time that it took undisturbed. Then it runs
+to its end. No output may be torn after a kill. At the end the outputs are the same bytes, and no file or process is
+left behind. Of the paid teacher's stub nothing was asked for twice, but for what was under way at a kill. KILL_SEED
+draws other moments.
 """
 
 import json
