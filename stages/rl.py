@@ -288,9 +288,9 @@ def write_card(
     from apprentice.student import adapter
 
     rl = profile.rl
-    sections = {"prompt": profile.prompt, "sampling": profile.sampling, "rl": rl}
+    shown = {"prompt": profile.prompt, "sampling": profile.sampling, "rl": rl}
     seeds = {"seeds": True, "evaluation": {"seeds"}}  # hundreds
-    settings = {name: section.model_dump(mode="json", exclude=seeds) for name, section in sections.items()}
+    settings = {name: section.model_dump(mode="json", exclude=seeds) for name, section in shown.items()}
     sections = {
         "Data": f"{adapter.section(SFT, 'Data')}\n\nThen {iterations} iterations on its own play, "
         f"{rl.groups * rl.group_size} episodes each, of worlds from {rl.seeds[0]} on.",

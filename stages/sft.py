@@ -8,7 +8,7 @@ Checkpoints lie in the user's cache, named by everything that shapes them: a kil
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))  # this checkout's, whatever is installed
 
@@ -44,8 +44,8 @@ def main() -> None:
     surveys = {name: fingerprint(rows=inputs[name], base=inputs["base"], code=made_by) for name in DATA}
     left_out = sum(too_long(name, surveys[name], profile, where) for name in DATA)
     ranks, rows, accumulation = devices.layout(sft.batch_size, sft.micro_batch_size)
-    shaping = {"sft": sft.model_dump(mode="json"), "dtype": profile.dtype, "inputs": list(inputs.values())}
-    shaping["answers"] = profile.sampling.max_tokens
+    shaping: dict[str, Any] = {"sft": sft.model_dump(mode="json"), "dtype": profile.dtype}
+    shaping |= {"inputs": list(inputs.values()), "answers": profile.sampling.max_tokens}
     if sft.zero.stage:
         shaping["ranks"] = ranks  # each has its part of a checkpoint
     checkpoints = cache_folder() / "sft" / fingerprint(**shaping, code=made_by)

@@ -208,7 +208,9 @@ def _call(call: object) -> dict | None:
 def _openai(call: object, number: int) -> object:
     """A call in OpenAI's form; one that has no name as it came."""
     found = _call(call)
-    if found is None or isinstance(call.get("function"), dict) or not isinstance(found["name"], str):
+    if found is None or not isinstance(call, dict) or isinstance(call.get("function"), dict):
+        return call
+    if not isinstance(found["name"], str):
         return call
     arguments = "" if found["arguments"] is _BROKEN else json.dumps(found["arguments"])
     function = {"name": found["name"], "arguments": arguments}

@@ -106,7 +106,7 @@ def test_validation_is_counted(settings):
     """A forward pass of each held-out row, at each evaluation: a third of what it is to train on it."""
     qwen = [settings(profile="qwen2b", profiles__qwen2b__sft__eval_steps=steps) for steps in (10, 10**6)]
     often, seldom = (lines(one)["sft"] for one in qwen)
-    held_out = min(1372, getattr(qwen[0].active.sft, "eval_rows", None) or 1372)
+    held_out = min(1372, qwen[0].active.sft.eval_rows or 1372)
     rows = int(often["decisions"] / 32 / 10) * held_out
     assert rows > 50_000 and f"validated 115 × {held_out:,}" in often["how"]
     assert often["hours"][0] / seldom["hours"][0] == pytest.approx(1 + rows / 3 / seldom["decisions"])

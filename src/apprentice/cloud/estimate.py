@@ -234,7 +234,7 @@ def _student(settings: Params, places: compute.Compute, read: int) -> list[Line]
     rows, held_out = (round(read * kept["share"] * part) for part in (1 - val_fraction, val_fraction))
     trained, steps = round(rows * sft.epochs), rows * sft.epochs / sft.batch_size
     validations = int(steps // sft.eval_steps) if sft.eval_steps >= 1 else round(1 / sft.eval_steps)
-    validated = min(held_out, getattr(sft, "eval_rows", None) or held_out)
+    validated = min(held_out, sft.eval_rows or held_out)
     evaluations = -(-rl.iterations // rl.evaluation.every) + 1
     episodes = rl.iterations * rl.groups * rl.group_size + evaluations * len(rl.evaluation.seeds)
     share = f"{kept['share']:.1%} kept"

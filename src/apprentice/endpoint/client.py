@@ -134,7 +134,7 @@ class Client:
                     raise NoAnswer(str(data))
                 pause = pause or pause_before(failed)
             await asyncio.sleep(pause)
-            if self._refusal is not refusal:
+            if self._refusal and self._refusal is not refusal:
                 raise self._refusal
         choice = _first_choice(data)
         message, reason = _message(choice), _text(choice.get("finish_reason")) if choice else "empty"

@@ -141,11 +141,16 @@ class Purse:
                 await asyncio.wait_for(changed.wait(), 0.5)  # another process changes it without a word
 
     def _fits(self, state: _State, payment: Payment) -> bool:
-        within = state.dollars + state.most + self._most(payment, state.excess) <= self.endpoint.max_cost_usd
+        limit = self.endpoint.max_cost_usd
+        within = limit is None or state.dollars + state.most + self._most(payment, state.excess) <= limit
         return within and state.under_way <= state.answered
 
     def _most(self, payment: Payment, excess: float) -> float:
-        return prices.dollars(self.price, payment.prompt_tokens, payment.completion_tokens) * excess
+        return self._dollars(payment.prompt_tokens, payment.completion_tokens) * excess
+
+    def _dollars(self, prompt_tokens: int, completion_tokens: int) -> float:
+        """What these tokens cost; 0 without a price, where there is no limit either."""
+        return prices.dollars(self.price, prompt_tokens, completion_tokens) if self.price else 0.0
 
     def _ended(self, number: int, payment: Payment) -> None:
         """Write down the dollars; where they aren't known, the tokens, or the most that those can be."""
@@ -157,11 +162,11 @@ class Purse:
             known = payment.dollars is not None
             tokens = (0, 0) if known else (payment.prompt_tokens, payment.completion_tokens)
             if not known and tokens == begun:
-                tokens = tuple(round(count * excess) for count in tokens)
+                tokens = (round(tokens[0] * excess), round(tokens[1] * excess))
             if not known and self.endpoint.max_cost_usd is not None:
-                payment.dollars = prices.dollars(self.price, *tokens)
-            thought = prices.dollars(self.price, *begun) if self.price else 0.0
-            if known and thought:
+                payment.dollars = self._dollars(*tokens)
+            thought = self._dollars(*begun)
+            if payment.dollars is not None and known and thought:
                 excess = max(excess, payment.dollars / thought)
             row = (self.agent, payment.dollars if known else 0.0, not known, *tokens, payment.answered, excess)
             write(
@@ -187,7 +192,7 @@ class Purse:
             f"FROM payments {of}",
             (agent,),
         ).fetchone()
-        most = prices.dollars(self.price, prompt, completion) if self.price else 0.0
+        most = self._dollars(prompt, completion)
         under_way, now = 0, time.time()
         for process, until, *tokens in self._db.execute(
             f"SELECT process, until, prompt_tokens, completion_tokens FROM requests {of}", (agent,)
@@ -195,7 +200,7 @@ class Purse:
             lives = now < until and _lives(process)
             under_way += lives
             unknown += not lives
-            most += excess * prices.dollars(self.price, *tokens) if self.price else 0.0
+            most += excess * self._dollars(*tokens)
         return _State(dollars, unknown, most, under_way, answered, excess)
 
     def _empty(self, state: _State, payment: Payment) -> str:

@@ -114,7 +114,7 @@ def _setting(
     parameters = [name for name in named if not name.startswith("messages")]
     if pictured and not parameters and _PICTURE.search(text):
         return f"{whose.removesuffix('endpoint')}prompt.mode", "the model takes no pictures: write mode: text"
-    sent = {name: f"{whose}.{name}" for name in ("temperature", "top_p", "tool_choice") if name in body}
+    sent: dict[str, str] = {name: f"{whose}.{name}" for name in ("temperature", "top_p", "tool_choice") if name in body}
     sent |= dict(_paths(endpoint.extra_body, f"{whose}.extra_body"))
     sent |= dict.fromkeys(("max_tokens", "max_completion_tokens"), f"{whose}.max_tokens")
     found = [(place, name) for name in sent if (place := _place(name, " ".join(parameters).lower())) is not None]

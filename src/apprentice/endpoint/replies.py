@@ -59,8 +59,8 @@ class Replies:
         return row and (Reply(json.loads(row[0]), *row[1:5]), row[5])
 
     def add(self, seed: int, decision: int, shown: str, reply: Reply, cost: float | None, seconds: float) -> None:
-        row = (self.agent, seed, decision, shown, json.dumps(reply.message), reply.finish_reason, reply.model)
-        row += (reply.prompt_tokens, reply.completion_tokens, cost, seconds)
+        said = (json.dumps(reply.message), reply.finish_reason, reply.model)
+        row = (self.agent, seed, decision, shown, *said, reply.prompt_tokens, reply.completion_tokens, cost, seconds)
         write(self._db, self._path, "INSERT OR IGNORE INTO replies VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
 
     def ended(self, run: str, seed: int, cost: float | None, code: str, episode: bytes) -> None:

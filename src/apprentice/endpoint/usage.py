@@ -28,9 +28,8 @@ def tokens(data: Any, said: bool) -> Usage | None:
         prompt = total - completion
     if prompt is None or prompt <= 0 or (completion is None and not total):
         return None
-    if total:
-        # xAI and Gemini count what was reasoned in the total alone.
-        completion = max(completion or 0, total - prompt)
+    # xAI and Gemini count what was reasoned in the total alone.
+    completion = max(completion or 0, total - prompt if total else 0)
     if reasoning and (not total or reasoning > completion):
         completion += reasoning
     if said and not completion:

@@ -94,7 +94,8 @@ def record(spec: Spec, endpoint: Endpoint, code: str, whose: str) -> Iterator[by
         client = Client(endpoint, whose, name)
         policy, run = Chat(name, client, replies), _run(spec, endpoint)
         wrong: Counter[tuple[str, str]] = Counter()
-        finished, failures = replies.finished(run, code), {}
+        finished = replies.finished(run, code)
+        failures: dict[int, str] = {}
         missing = [seed for seed in seeds if seed not in finished]
         with tqdm(total=len(seeds), desc=name, unit="episode", mininterval=1) as bar:
             bar.update(len(seeds) - len(missing))

@@ -28,7 +28,7 @@ def prepare(model: Qwen3VLForConditionalGeneration) -> None:
 
 def _nothing(inner: Qwen3VLModel, like: torch.Tensor) -> torch.Tensor:
     """0, computed from all that the tower makes of one visual token's patches."""
-    side, sizes = inner.visual.spatial_merge_size, inner.config.vision_config
+    side, sizes = inner.visual.spatial_merge_size, inner.visual.config
     width = sizes.in_channels * sizes.temporal_patch_size * sizes.patch_size**2
     patches = torch.zeros(side**2, width, device=like.device, dtype=like.dtype)
     seen = inner.visual(patches, grid_thw=torch.tensor([[1, side, side]], device=like.device), return_dict=True)

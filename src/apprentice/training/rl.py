@@ -8,7 +8,7 @@ Of TRL 1.16 this file alone uses names that are not public: `_prepare_inputs`, `
 """
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from apprentice.training import rollouts
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import Qwen3VLProcessor
+    from transformers import Qwen3VLForConditionalGeneration, Qwen3VLProcessor
 
 
 class RlTrainer(GRPOTrainer):
@@ -63,8 +63,9 @@ class RlTrainer(GRPOTrainer):
         # TRL walks through a data set of prompts; ours come from the world, so its rows only count.
         rows = Dataset.from_dict({"prompt": ["play"] * args.generation_batch_size})
         super().__init__(model, _no_reward, args=args, train_dataset=rows, processing_class=processor)
-        narrow(model.get_base_model())
-        tower.prepare(model.get_base_model())
+        base = cast("Qwen3VLForConditionalGeneration", model.get_base_model())
+        narrow(base)
+        tower.prepare(base)
         if args.bf16:
             loading.keep_precision(model)
 

@@ -36,7 +36,7 @@ class SftTrainer(SFTTrainer):
         self._evaluated: list[torch.Tensor] = []
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         rows = torch.cat(self._evaluated)
-        if len(rows) < output.num_samples:
+        if len(rows) < (output.num_samples or 0):
             raise WorkError(
                 f"sft: only {len(rows)} of {output.num_samples} validation rows were seen; make data/sft anew: "
                 "dvc repro -f -s split"
