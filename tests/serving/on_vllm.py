@@ -34,6 +34,7 @@ from apprentice.serving.in_process import generate, shown, vision_tokens
 from apprentice.student import loading
 from apprentice.student.encoding import batch, encode
 from apprentice.student.merge import merge
+from apprentice.training.probe import Probe
 from apprentice.training.sampler import VllmSampler
 
 SETTINGS = Vllm(use="always")
@@ -183,7 +184,7 @@ def test_the_next_reply_after_an_update_is_the_new_policys(servers, processor, t
     """Never one of a stale prefix cache: the same prompt is asked for before and after."""
     torch.manual_seed(2)
     trained = get_peft_model(loading.load(tiny_folder)[0], LORA)
-    sampler = VllmSampler(servers, processor, tmp_path)
+    sampler = VllmSampler(servers, processor, tmp_path, Probe(range(4), SHOWN, 1.0, 0.01), 8)
     turns = [turn for turn, _ in decisions(SHOWN, 4)] * 2
     known = set(servers[0].adapters())
     spoken, names = [], []
@@ -195,7 +196,7 @@ def test_the_next_reply_after_an_update_is_the_new_policys(servers, processor, t
         sampler.update(trained, version)
         [name] = set(servers[0].adapters()) - known  # the one before has been unloaded
         names.append(name)
-        spoken.append(replies(sampler.policy(1.0, 8, 0), turns))
+        spoken.append(replies(sampler.policy(1.0, 8, 0, place=0), turns))
         for turn, reply in zip(turns, spoken[-1], strict=True):
             here = logprobs(trained.eval(), processor, turn, reply, 1.0)
             np.testing.assert_allclose(reply.sample.logprobs, here, atol=1e-3)
@@ -205,27 +206,36 @@ def test_the_next_reply_after_an_update_is_the_new_policys(servers, processor, t
     assert set(servers[0].adapters()) == known
 
 
+class Before:
+    """A policy that something is done before each of its replies."""
+
+    name = "student"
+
+    def __init__(self, policy, what):
+        self.policy, self.what = policy, what
+
+    def begin(self, seed):
+        player = self.policy.begin(seed)
+        inner = player.reply
+
+        async def reply(turn):
+            await self.what(seed)
+            return await inner(turn)
+
+        player.reply = reply
+        return player
+
+
 def test_a_slow_episode_holds_no_other(servers, processor):
     """Episodes go on at their own pace: no turn waits for all."""
     policy, times = on_vllm.OnVllm("student", servers, None, processor, 1.0, 4), {}
 
-    class Slow:
-        name = "student"
+    async def slow(seed: int) -> None:
+        if seed == 0:
+            await asyncio.sleep(1.0)
+        times.setdefault(seed, []).append(time.monotonic())
 
-        def begin(self, seed):
-            player = policy.begin(seed)
-            inner = player.reply
-
-            async def reply(turn):
-                if seed == 0:
-                    await asyncio.sleep(1.0)
-                times.setdefault(seed, []).append(time.monotonic())
-                return await inner(turn)
-
-            player.reply = reply
-            return player
-
-    play(Slow(), Spec(range(4), 8, SHOWN))
+    play(Before(policy, slow), Spec(range(4), 8, SHOWN))
     assert all(times[seed][-1] < times[0][2] for seed in (1, 2, 3))
 
 
@@ -307,25 +317,14 @@ def test_a_server_that_dies_in_the_middle_is_started_again_and_asked_again(serve
     """The last test: its server has no life left afterwards."""
     policy, asked = on_vllm.OnVllm("student", servers, vllm.Adapter.of(adapter), processor, 1.0, 4), []
 
-    class Killing:
-        name = "student"
+    async def kill(seed: int) -> None:
+        asked.append(seed)
+        if len(asked) == 10:
+            port = servers[0].url.rsplit(":", 1)[1]
+            [pid] = [child for child in descendants(os.getpid()) if f"--port\0{port}" in command_of(child)]
+            os.kill(int(pid), signal.SIGKILL)
 
-        def begin(self, seed):
-            player = policy.begin(seed)
-            inner = player.reply
-
-            async def reply(turn):
-                asked.append(seed)
-                if len(asked) == 10:
-                    port = servers[0].url.rsplit(":", 1)[1]
-                    [pid] = [child for child in descendants(os.getpid()) if f"--port\0{port}" in command_of(child)]
-                    os.kill(int(pid), signal.SIGKILL)
-                return await inner(turn)
-
-            player.reply = reply
-            return player
-
-    episodes = play(Killing(), Spec(range(4), 10, SHOWN))
+    episodes = play(Before(policy, kill), Spec(range(4), 10, SHOWN))
     assert [len(episode.steps) for episode in episodes] == [10] * 4
     assert "starting it again" in capfd.readouterr().err
 
