@@ -21,6 +21,8 @@ R² 0.26 with 1, 0.33 with 30, 0.38 with 300, 0.33 with 1,000."""
 RIDGES = (RIDGE, 3e3, 3e4, 3e5)
 """Weights of the penalty on hidden states, of which the folds choose one. The tiny student has 128 of them, and Qwen
 2,048 and more, which would be fitted to noise; with the last weight, they have hardly a say."""
+MARGIN = 0.05
+"""Share of the error by which a penalty has to be better than the first to be taken."""
 FOLDS = 4
 """Parts of the groups, each measured by the value function of the others."""
 FORGET = 0.7
@@ -245,13 +247,17 @@ def _ridge(sums: np.ndarray, ridge: float, known: int) -> np.ndarray:
 
 
 def _ridges(learnt: np.ndarray, parts: np.ndarray, known: int) -> list[float]:
-    """For each fold the penalty of RIDGES that errs least on the other folds, each predicted without both."""
+    """For each fold the penalty of RIDGES that errs least on the other folds, each predicted without both.
+
+    The first, unless another is better by more than MARGIN: with few groups, small differences are chance.
+    """
     errors = np.zeros((FOLDS, len(RIDGES)))
     for one, other in combinations(range(FOLDS), 2):
         for place, ridge in enumerate(RIDGES):
             residual = np.append(_ridge(learnt - parts[one] - parts[other], ridge, known), -1.0)
             errors[one, place] += residual @ parts[other] @ residual
             errors[other, place] += residual @ parts[one] @ residual
+    errors[:, 0] *= 1 - MARGIN
     return [RIDGES[place] for place in errors.argmin(axis=1)]
 
 
