@@ -1,7 +1,8 @@
 """The profile for rented GPUs from end to end without one: a Qwen3-VL of two layers, pretended GPUs, no real vLLM.
 
 Run by `make test-rehearsal`: minutes of CPU, so not a part of `make test`. tests/slurm/qwen.py has it once more with
-machines that SkyPilot finds, where two GPUs serve and two train. What differs from a run on GPUs: numbers of layers, widths and steps; gloo for NCCL.
+machines that SkyPilot finds, where two GPUs serve and two train. What differs from a run on GPUs: numbers of layers,
+widths and steps; gloo for NCCL.
 """
 
 import json
