@@ -6,6 +6,7 @@ import signal
 import pytest
 
 from apprentice.params import Architecture, Prompt
+from apprentice.world import World
 
 
 def pytest_configure() -> None:
@@ -13,6 +14,13 @@ def pytest_configure() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     # For each worker of `make test`, which has its core to itself; a stage that a test starts sees to its own.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_sessionstart(session) -> None:
+    if not hasattr(session.config, "workerinput"):  # once, before the workers begin
+        world = World(0, max_steps=1)  # numba compiles its functions beside them; small.checkout copies that
+        world.reset()
+        world.step("noop")
 
 
 SHOWN = Prompt(mode="image", rules=False, history=2)
