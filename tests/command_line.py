@@ -45,7 +45,7 @@ def write_params(
     yaml = YAML(typ="safe")
     tree = yaml.load((ROOT / "params.yaml").read_text())
     endpoint = {"base_url": url, "model": "served", "api_key_env": key_env}
-    prompt = {"mode": "text", "max_actions": 3}
+    prompt = {"mode": "text"}
     tree["teachers"] = teachers | {"api": {"policy": "chat", "seeds": "0-1", "prompt": prompt, "endpoint": endpoint}}
     tree["benchmark"] |= {"protocol": "quick", "seeds": "200200-200203", "max_steps": 30}
     with (folder / "params.yaml").open("w") as file:

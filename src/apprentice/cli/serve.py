@@ -51,7 +51,7 @@ def serve(
 
     The student: by OpenAI's chat API (/v1/chat/completions), on vLLM where compute.yaml says so.
 
-    Examples: apprentice serve world --port 8000, apprentice serve rl
+    Example: apprentice serve rl, or apprentice serve world --port 8000
     """
     settings = params.load() if params.PATH.exists() else None
     if what != WORLD and what not in agents.students(settings):
