@@ -73,7 +73,7 @@ def test_every_stage_ends_as_if_it_had_not_been_killed(tmp_path):
 def undisturbed(folder: Path, server: Server) -> Pipeline:
     top, cache, seconds = checkout(folder / "undisturbed", SMALLER), folder / "cache", {}
     endpoint = {"base_url": server.url, "model": "served", "api_key_env": None, "concurrency": 4}
-    shown = {"mode": "text", "max_actions": 3}
+    shown = {"mode": "text"}
     params = yaml.load((top / "params.yaml").read_text())
     params["teachers"]["paid"] = {
         "policy": "chat", "seeds": "0-3", "max_steps": 60, "prompt": shown, "endpoint": endpoint

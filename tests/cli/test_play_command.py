@@ -83,12 +83,12 @@ def test_without_params_the_built_in_agents_play(tmp_path):
 
 
 def test_a_model_behind_an_api_plays_and_is_not_paid_twice(folder):
-    evil = call("move_left", "do") | {"content": "\x1b[2Jgone\x07"}
+    evil = call("move_left") | {"content": "\x1b[2Jgone\x07"}
     with Server([Answer(completion(evil))]) as server:
         write_params(folder, server.url)
         one = run(folder, "play", "api", "--seed", "0", "--max-steps", "6", "--json")
         two = run(folder, "play", "api", "--seed", "0", "--max-steps", "6", "--json")
-        assert one.returncode == 0 and one.stdout == two.stdout and len(server.requests) == 3
+        assert one.returncode == 0 and one.stdout == two.stdout and len(server.requests) == 6
         code, shown = in_terminal(folder, ["play", "api", "--seed", "0", "--max-steps", "6", "--fps", "50"])
     assert code == 0 and "gone" in shown and "\x1b[2J" not in shown and "\x07" not in shown
 
