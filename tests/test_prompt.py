@@ -130,7 +130,7 @@ ELSEWHERE = {
 @pytest.mark.parametrize("form", ELSEWHERE)
 def test_a_call_in_another_form_is_the_one_call_that_it_is(form):
     message = {"role": "assistant"} | ELSEWHERE[form]
-    plain = prompt.plain(message)
+    plain = prompt.in_openai_form(message)
     assert prompt.parse(message) == prompt.parse(plain) == prompt.Parsed(("do",))
     assert [call["function"]["name"] for call in plain["tool_calls"]] == ["act"]
     assert set(plain) == {"role", "content", "tool_calls"}
@@ -206,15 +206,15 @@ WORDS_ONLY = {
 @pytest.mark.parametrize("how", WORDS_ONLY)
 def test_words_are_words_in_whatever_form(how):
     message = called(ARGUMENTS) | {"content": WORDS_ONLY[how], "reasoning_content": "hm"}
-    plain = prompt.plain(message)
+    plain = prompt.in_openai_form(message)
     assert prompt.said(message) == prompt.said(plain) == "Wood first."
     assert isinstance(plain["content"], str)
 
 
 @pytest.mark.parametrize("name", ["reasoning_content", "reasoning"])
 def test_reasoning_beside_a_silent_call_is_its_reason_and_beside_nothing_it_is_none(name):
-    assert prompt.plain(called(ARGUMENTS) | {name: "Wood first."})["content"] == "Wood first."
-    assert prompt.plain(said(None) | {name: hermes("do")}) == said(None)
+    assert prompt.in_openai_form(called(ARGUMENTS) | {name: "Wood first."})["content"] == "Wood first."
+    assert prompt.in_openai_form(said(None) | {name: hermes("do")}) == said(None)
     assert prompt.parse(said(None) | {name: hermes("do")}).invalid == "no tool call"
 
 
@@ -262,7 +262,7 @@ MESSAGES = st.fixed_dictionaries(
 def test_no_message_raises(message, max_actions):
     parsed = prompt.parse(message, max_actions)
     if isinstance(message, dict):
-        assert prompt.parse(prompt.plain(message), max_actions) == parsed
+        assert prompt.parse(prompt.in_openai_form(message), max_actions) == parsed
     assert bool(parsed.actions) != bool(parsed.invalid)
     assert set(parsed.actions) <= set(ACTIONS)
     parsed.invalid.encode()  # so that it can be stored

@@ -36,7 +36,7 @@ def saved(base, folder, known_as):
     model, processor = loading.load(base)
     lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
     get_peft_model(model, lora).save_pretrained(folder)
-    adapter.complete(folder, processor, known_as, SECTIONS)
+    adapter.complete(folder, folder.name, processor, known_as, SECTIONS)
     return folder
 
 
@@ -78,7 +78,7 @@ def test_the_same_training_gives_the_same_bytes(top):
     config = json.loads(file.read_text())
     config["target_modules"] = config["target_modules"][::-1]  # PEFT writes a set
     file.write_text(json.dumps(config))
-    adapter.complete(folder, loading.processor("models/base"), TINY, SECTIONS)
+    adapter.complete(folder, folder.name, loading.processor("models/base"), TINY, SECTIONS)
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
     assert not any(str(top).encode() in content for content in before.values())
 
@@ -176,7 +176,7 @@ def test_an_adapter_trained_on_four_bits_is_merged_into_the_base_as_it_was(top, 
     quantised, processor = loading.load("models/base", quantization="nf4")
     lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
     get_peft_model(quantised, lora).save_pretrained("models/qlora")
-    adapter.complete(adapter.Path("models/qlora"), processor, TINY, SECTIONS)
+    adapter.complete(adapter.Path("models/qlora"), "qlora", processor, TINY, SECTIONS)
     merge(adapter.Path("models/qlora"), top / "merged")
     merged = AutoModelForImageTextToText.from_pretrained("merged")
     base = AutoModelForImageTextToText.from_pretrained("models/base")

@@ -9,6 +9,7 @@ import torch
 from conftest import SHOWN
 from trl.trainer.utils import add_fused_lm_head
 
+from apprentice import prompt
 from apprentice.data.chat_rows import row
 from apprentice.play import Spec, play
 from apprentice.players.scripted import Scripted
@@ -91,7 +92,7 @@ def test_chats_that_differ_in_their_words_are_rendered_as_each_would_be_alone(ti
     picture = np.zeros((72, 72, 3), np.uint8)
     for said in words:
         for answer in ('{"actions": ["noop"]}', "\ue000"):
-            messages = chat(said, answer)
+            messages = prompt.plain(chat(said, answer))
             (together,) = encode_all(tiny[1], [messages], [[picture]])
             text = (
                 tiny[1].apply_chat_template(messages, tools=in_process.prompt.TOOLS, tokenize=False).removesuffix("\n")

@@ -8,6 +8,7 @@ from transformers import Qwen3VLForConditionalGeneration
 
 from apprentice import params
 from apprentice.cloud.estimate import estimate
+from apprentice.compute import Compute
 from apprentice.data.chat_rows import row
 from apprentice.pipeline import ROOT
 from apprentice.play import Spec, play
@@ -42,7 +43,7 @@ def test_a_decision_is_as_long_as_with_the_hubs_tokenizer_and_81_of_it_are_the_p
 def test_the_estimate_reckons_with_as_many_tokens():
     settings = params.load(ROOT / "params.yaml")
     settings = settings.model_copy(update={"profile": "qwen2b"})
-    sft = next(stage for stage in estimate(settings)["stages"] if stage["stage"] == "sft")
+    sft = next(stage for stage in estimate(settings, Compute())["stages"] if stage["stage"] == "sft")
     each = int(re.search(r"([\d,]+) tokens", sft["how"])[1].replace(",", ""))
     assert 1269 <= each <= 1273, sft["how"]
 

@@ -71,11 +71,13 @@ def test_validation_is_on_rows_of_the_whole_file_and_on_no_more_than_asked_for(b
     from apprentice.training import examples
 
     lengths = np.random.default_rng(0).integers(1000, 2000, 11_444)
-    processor, known = loading.processor(base), examples.Survey(np.arange(len(lengths)), lengths, [])
+    processor, known = loading.processor(base), examples.Survey(np.arange(len(lengths)), lengths, lengths * 0 + 8, [])
     monkeypatch.setattr(examples, "survey", lambda *_: known)
 
     def chosen(**changes) -> list[int]:
-        rows = sft.examples_of("val", "", processor, PROFILE.sft.model_copy(update=changes))
+        rows = sft.examples_of(
+            "val", "", processor, PROFILE.model_copy(update={"sft": PROFILE.sft.model_copy(update=changes)})
+        )
         return rows.dataset.with_format(None)["row"][:]
 
     rows = chosen()
