@@ -46,7 +46,6 @@ LAZY = {
     "tests": {"starlette", "vllm", "openenv", "sky", "boto3"},  # targets with environments of their own
 }
 UNIMPORTED = {
-    "bitsandbytes": "Transformers imports it for 4-bit weights",
     "dvc-s3": "DVC imports it for a remote on S3",
     "mypy": "a program",
     "mypy-baseline": "a program",
@@ -55,7 +54,7 @@ UNIMPORTED = {
     "torchvision": "Transformers imports it for processors",
 }
 """Declared and never imported here, with who uses it."""
-LOCAL = {path.stem for folder in ("tests", "stages") for path in (ROOT / folder).rglob("*.py")}
+LOCAL = {path.stem for folder in ("tests", "stages", "benchmarks") for path in (ROOT / folder).rglob("*.py")}
 LOCAL |= {"apprentice", "stages"}
 
 

@@ -295,10 +295,10 @@ def test_the_key_is_asked_for_everywhere_but_for_health(guarded):
 
 def test_a_server_for_others_does_not_start_without_a_key(tmp_path, monkeypatch):
     monkeypatch.delenv("APPRENTICE_SERVE_KEY", raising=False)
-    done = run(tmp_path, "serve", "--host", "0.0.0.0")
+    done = run(tmp_path, "serve", "world", "--host", "0.0.0.0")
     assert done.returncode == 2 and "export APPRENTICE_SERVE_KEY=" in done.stderr
     monkeypatch.setenv("APPRENTICE_SERVE_KEY", "short")
-    done = run(tmp_path, "serve", "--host", "0.0.0.0")
+    done = run(tmp_path, "serve", "world", "--host", "0.0.0.0")
     assert done.returncode == 2 and "16 characters" in done.stderr and "short" not in done.stderr
 
 
@@ -323,7 +323,7 @@ def test_killed_and_started_again_it_says_what_became_of_the_sessions(tmp_path):
         httpx2.get(f"{url}/health")
     with serving(tmp_path, "world", port=int(url.rpartition(":")[2])) as (again, _):
         assert again == url
-        done = run(tmp_path, "serve", "--port", url.rpartition(":")[2])
+        done = run(tmp_path, "serve", "world", "--port", url.rpartition(":")[2])
         assert done.returncode == 2 and "--port" in done.stderr
         gone = httpx2.post(f"{url}/sessions/{name}/step", json={"action": {"action": "noop"}})
         assert gone.status_code == 404 and "started anew" in gone.json()["detail"]
