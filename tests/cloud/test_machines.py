@@ -29,7 +29,7 @@ from pathlib import Path
 from apprentice.ledger import Ledger
 
 run = Path(os.environ["APPRENTICE_CACHE"], "sft", "run")
-done = max((int(mark.parent.name[11:]) for mark in run.glob("checkpoint-*/whole")), default=0)
+done = max((int(mark.parent.name[11:]) for mark in run.glob("checkpoint-*/whole.json")), default=0)
 print("goes on from", done, flush=True)
 with Ledger("played") as ledger:
     ledger.add(str(done), b"episode")
@@ -39,7 +39,7 @@ for step in range(done + 1, 4):
         sys.exit(7)
     (run / f"checkpoint-{step}").mkdir(parents=True)
     (run / f"checkpoint-{step}" / "weights").write_text(str(step))
-    (run / f"checkpoint-{step}" / "whole").touch()
+    (run / f"checkpoint-{step}" / "whole.json").touch()
 for out in OUTS:
     path = Path(out)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -345,7 +345,7 @@ def test_a_file_that_a_kill_cut_short_is_passed_over(tmp_path):
         checkpoint = cache / "sft/run" / f"checkpoint-{step}"
         checkpoint.mkdir(parents=True)
         (checkpoint / "weights").write_bytes(bytes([step]) * 50_000)
-        (checkpoint / "whole").touch()
+        (checkpoint / "whole.json").touch()
         kept.pack(cache, folder)
     newest = folder / "2.tar"
     for size in (10, 20_000, 60_000, newest.stat().st_size - 11_000):

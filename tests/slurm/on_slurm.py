@@ -255,7 +255,7 @@ def test_when_the_money_is_used_up_the_checkpoints_come_home(there):
     compute(there, max_total_usd=0.3)  # two and a half minutes
     assert ended(there, begin(there, "apprentice.cli", "launch", "sft")) == 1
     assert "max_total_usd is used up" in log(there)[-600:] and not jobs()
-    assert list((there.parent / "cache").glob("sft/*/checkpoint-*/whole"))
+    assert list((there.parent / "cache").glob("sft/*/checkpoint-*/whole.json"))
 
 
 def test_more_money_goes_on_from_them_until_it_is_stopped(there):

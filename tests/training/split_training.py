@@ -138,7 +138,7 @@ def test_a_kill_of_all_ranks_leaves_no_trace(trained, made, tmp_path):
         start_new_session=True,
     )
     end = time.monotonic() + 600
-    while not list(killed.glob("checkpoints/checkpoint-10/whole")):
+    while not list(killed.glob("checkpoints/checkpoint-10/whole.json")):
         assert process.poll() is None and time.monotonic() < end
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGKILL)

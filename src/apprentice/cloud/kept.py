@@ -12,7 +12,7 @@ from contextlib import closing
 from io import BytesIO
 from pathlib import Path
 
-from apprentice.files import remove, replacing
+from apprentice.files import SEAL, remove, replacing
 
 _END = "whole"
 """The last member of a file that is whole; one that a kill cut short lacks it."""
@@ -78,7 +78,7 @@ def unpack(folder: Path, cache: Path) -> bool:
 
 def newest(cache: Path) -> frozenset[Path]:
     """The checkpoints that are whole: what makes it worth to pack again."""
-    return frozenset(cache.glob("*/*/checkpoint-*/whole"))
+    return frozenset(cache.glob(f"*/*/checkpoint-*/{SEAL}"))
 
 
 def _files(folder: Path) -> list[Path]:

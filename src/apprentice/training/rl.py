@@ -19,7 +19,7 @@ from trl.trainer.utils import use_adapter
 from apprentice.episode import Step
 from apprentice.params import Prompt, Rl
 from apprentice.serving.in_process import vision_tokens
-from apprentice.student import loading, tower
+from apprentice.student import tower
 from apprentice.student.encoding import batch
 from apprentice.student.narrowing import narrow
 from apprentice.training import rollouts
@@ -66,8 +66,6 @@ class RlTrainer(GRPOTrainer):
         base = cast("Qwen3VLForConditionalGeneration", model.get_base_model())
         narrow(base)
         tower.prepare(base)
-        if args.bf16:
-            loading.keep_precision(model)
 
     def learn(self, experience: Iterator[list[dict]], checkpoint: str | None) -> None:
         """Update the policy on each iteration's `batches`, which are asked for when the iteration before is done.
