@@ -13,6 +13,7 @@ SKY_READY := .venv-sky/ready-$(shell cksum <requirements-sky.lock | tr ' ' '-')
 S3_READY := .venv-s3/ready-$(shell cksum <requirements-s3.lock | tr ' ' '-')
 
 .PHONY: setup repro test test-kill test-rehearsal test-openenv test-report test-vllm test-deepspeed test-gpu test-sky \
+    test-sky-rehearsal \
     test-s3 vllm sky deps lint types checkout clean
 
 repro: setup ## the whole pipeline, only what has changed
@@ -59,6 +60,9 @@ $(OPENENV_READY): requirements-openenv.lock
 
 test-sky: setup sky ## stages launched by SkyPilot on a one-node Slurm; root on Debian, installs Slurm
 	tests/slurm/run
+
+test-sky-rehearsal: setup sky ## the profile qwen2b on machines that SkyPilot finds on that Slurm, pretended GPUs
+	tests/slurm/run tests/slurm/qwen.py
 
 test-s3: setup $(S3_READY) ## DVC's remote on an S3 server
 	python -m pytest tests/on_s3.py
