@@ -13,8 +13,7 @@ SKY_READY := .venv-sky/ready-$(shell cksum <requirements-sky.lock | tr ' ' '-')
 S3_READY := .venv-s3/ready-$(shell cksum <requirements-s3.lock | tr ' ' '-')
 
 .PHONY: setup repro test test-kill test-rehearsal test-openenv test-report test-vllm test-deepspeed test-gpu test-sky \
-    test-sky-rehearsal \
-    test-s3 vllm sky deps lint types checkout clean
+    test-sky-rehearsal test-s3 vllm sky deps lint types checkout clean
 
 repro: setup ## the whole pipeline, only what has changed
 	dvc repro

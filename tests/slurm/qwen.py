@@ -1,4 +1,4 @@
-"""`make test-sky-rehearsal`: the profile for rented GPUs as one rents them, every stage that has something to do for a GPU.
+"""`make test-sky-rehearsal`: the profile for rented GPUs as one rents them: every stage that can use a GPU.
 
 The rehearsal of tests/rehearsal.py, with machines that SkyPilot finds on the loopback Slurm: four declared H200s.
 """
