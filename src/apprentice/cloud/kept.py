@@ -60,7 +60,9 @@ def unpack(folder: Path, cache: Path) -> bool:
             scratch = Path(name)
             try:
                 with tarfile.open(path) as tar:
-                    tar.extractall(scratch, filter="data")
+                    # Python has filters since 3.11.4; what is unpacked here was packed by us.
+                    tar.extraction_filter = getattr(tarfile, "data_filter", lambda member, _: member)
+                    tar.extractall(scratch)
             except (tarfile.TarError, EOFError):
                 continue
             if not (scratch / _END).exists():
