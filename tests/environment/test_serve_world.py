@@ -107,11 +107,12 @@ def test_an_episode_by_websocket_is_that_of_the_world(server):
         async with connect(ws(server[0])) as socket:
             answer = await ask(socket, "reset", seed=11, max_steps=40, episode_id="mine")
             assert answer["type"] == "observation" and answer["data"]["reward"] is None
-            generator = np.random.default_rng(0)
+            generator, steps = np.random.default_rng(0), -1
             while True:
                 seen = answer["data"]["observation"]
                 assert (picture(answer["data"]) == expected.image).all()
                 assert seen["vitals"] == expected.vitals and seen["text"].startswith("health")
+                assert (seen["seed"], seen["step"]) == (11, steps := steps + 1)
                 if world.done:
                     break
                 action = ACTIONS[generator.integers(17)]
@@ -175,6 +176,45 @@ def test_the_same_by_plain_http(server):
         assert http.delete(f"/sessions/{name}").status_code == 204
         gone = http.post(f"/sessions/{name}/step", json={"action": {"action": "noop"}})
         assert gone.status_code == 404 and "POST /sessions" in gone.json()["detail"]
+
+
+def rpc(http, method: str, **params) -> dict:
+    body = {"jsonrpc": "2.0", "id": 5, "method": method, "params": params}
+    answer = http.post("/mcp", json=body).json()
+    assert answer["jsonrpc"] == "2.0" and answer["id"] == 5
+    return answer
+
+
+def test_a_tool_call_by_mcp_moves_the_session_that_a_websocket_resets(server):
+    world = World(5, max_steps=4)
+    world.reset()
+    with httpx2.Client(base_url=server[0], timeout=30) as http:
+        name = rpc(http, "openenv/session/create")["result"]["session_id"]
+        act = {"name": "act", "session_id": name}
+        early = rpc(http, "tools/call", arguments={"actions": ["noop"]}, **act)["result"]
+        assert early["isError"] and "reset first" in early["content"][0]["text"]
+
+        async def reset():
+            async with connect(f"{ws(server[0])}?session_id={name}") as socket:
+                await ask(socket, "reset", seed=5, max_steps=4)
+
+        asyncio.run(reset())
+        [tool] = rpc(http, "tools/list", session_id=name)["result"]["tools"]
+        assert tool["name"] == "act" and tool["inputSchema"]["required"] == ["actions"]
+        outcomes = [world.step(action) for action in ("move_left", "do")]
+        found = rpc(http, "tools/call", arguments={"actions": ["move_left", "do"]}, **act)["result"]
+        assert not found["isError"] and found["structuredContent"]["reward"] == sum(one.reward for one in outcomes)
+        shown = png.decode(base64.b64decode(found["content"][1]["data"]))
+        assert (shown == outcomes[-1].observation.image).all()
+        wrong = rpc(http, "tools/call", arguments={"actions": ["fly"]}, **act)["result"]
+        assert wrong["isError"] and "unknown action 'fly'" in wrong["content"][0]["text"]
+        last = rpc(http, "tools/call", arguments={"actions": ["noop"] * 9}, **act)["result"]["structuredContent"]
+        assert last["done"] and last["observation"]["step"] == 4
+        assert rpc(http, "openenv/session/close", session_id=name)["result"]["closed"]
+        assert rpc(http, "tools/call", arguments={"actions": ["noop"]}, **act)["error"]["code"] == -32602
+        assert rpc(http, "reset")["error"]["code"] == -32601
+        assert http.post("/mcp", json={}).json()["error"]["code"] == -32600
+        assert http.post("/mcp", content="{").json()["error"]["code"] == -32700
 
 
 def test_bodies_and_messages_have_a_limit(server):

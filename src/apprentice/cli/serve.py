@@ -68,8 +68,8 @@ def serve(
 
     limits = server.Limits(max_sessions, idle_timeout, max_rollouts)
     world = server.application(limits, agents.SCRIPTED, agents.models(settings))
-    print(f"Crafter on {address} (OpenEnv at /ws); Ctrl-C ends it", flush=True)
-    _run(world, listening, key, limits.body, connections=4 * max_sessions + 64)
+    told = f"Crafter on {address} (OpenEnv at /ws); Ctrl-C ends it"
+    _run(world, listening, key, limits.body, 4 * max_sessions + 64, told)
 
 
 def _student(
@@ -99,8 +99,8 @@ def _student(
             asked = (sampling.temperature, sampling.max_tokens, cores())
             student = in_process.load(name, adapter, profile.dtype, *asked)
             engine = chat_api.InProcessEngine(name, student.model, student.processor, sampling)
-        print(f"{name} on {address}/v1 (OpenAI's chat API, the model {name}); Ctrl-C ends it", flush=True)
-        _run(chat_api.application(engine), listening, key, chat_api.BODY, connections=1024)
+        told = f"{name} on {address}/v1 (OpenAI's chat API, the model {name}); Ctrl-C ends it"
+        _run(chat_api.application(engine), listening, key, chat_api.BODY, 1024, told)
 
 
 def _key(variable: str, host: str) -> str | None:
@@ -132,11 +132,16 @@ def _listening(host: str, port: int) -> socket.socket:
     return listening
 
 
-def _run(app, listening: socket.socket, key: str | None, body: int, connections: int) -> None:
-    """Until Ctrl-C. body: bytes that a request or a message may have; connections: how many there may be."""
+def _run(app, listening: socket.socket, key: str | None, body: int, connections: int, told: str) -> None:
+    """Until Ctrl-C. body: bytes of a request or a message; connections: how many; told: printed once it answers."""
     import uvicorn
 
     from apprentice.environment.guard import Guard
+
+    class Server(uvicorn.Server):
+        async def startup(self, sockets=None) -> None:
+            await super().startup(sockets)
+            print(told, flush=True)
 
     config = uvicorn.Config(
         Guard(app, key, body),
@@ -145,4 +150,4 @@ def _run(app, listening: socket.socket, key: str | None, body: int, connections:
         timeout_graceful_shutdown=3,
         limit_concurrency=connections,
     )
-    uvicorn.Server(config).run([listening])
+    Server(config).run([listening])

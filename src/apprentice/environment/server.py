@@ -8,7 +8,7 @@ from importlib.metadata import version
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 
-from apprentice.environment import http, openenv
+from apprentice.environment import http, mcp, openenv
 from apprentice.environment.messages import Wrong
 from apprentice.environment.rollouts import Rollouts
 from apprentice.environment.sessions import Sessions
@@ -44,6 +44,7 @@ def application(limits: Limits, scripted: tuple[str, ...], endpoints: dict[str, 
 
     app = FastAPI(title="apprentice: Crafter", version=version("apprentice"), lifespan=lifespan)
     app.include_router(openenv.routes(sessions))
+    app.include_router(mcp.routes(sessions))
     app.include_router(http.routes(sessions, rollouts))
 
     @app.exception_handler(Wrong)
