@@ -51,7 +51,7 @@ function headline() {
   $("headline").textContent = students.length > 1
     ? `From ${rate(first)} to ${rate(last)} of Crafter’s achievements`
     : `${agents.at(-1).name}: ${rate(agents.at(-1))} of Crafter’s achievements`;
-  const protocol = { quick: "", balrog: ", by BALROG’s rules", crafter: ", by Crafter’s rules" }[facts.protocol];
+  const protocol = { quick: "", balrog: ", by BALROG’s rules", "almost balrog": ", much as BALROG does", crafter: ", by Crafter’s rules" }[facts.protocol];
   $("lead").textContent = `${whole(facts.worlds)} held-out worlds, at most ${whole(facts.steps)} steps each${protocol}. ` +
     `The student is ${facts.model}` + (expert ? `; the scripted expert gets ${rate(expert)}.` : ".");
 }
