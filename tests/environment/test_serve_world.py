@@ -24,12 +24,14 @@ from endpoint import Answer, Server, call, completion, playing
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
+from apprentice import params
 from apprentice.environment import guard
 from apprentice.environment.messages import Busy, NoSuchSession
 from apprentice.environment.sessions import Sessions
 from apprentice.params import Prompt
 from apprentice.play import Spec, play
 from apprentice.players.scripted import Scripted
+from apprentice.serving import in_process
 from apprentice.world import ACTIONS, World, png
 
 KEY = "a key of this test, no secret".replace(" ", "-")
@@ -95,7 +97,15 @@ def test_health_and_info_say_what_there_is(server):
     url, _ = server
     assert httpx2.get(f"{url}/health").json() == {"status": "healthy"}
     info = httpx2.get(f"{url}/info").json()
-    assert info["actions"] == list(ACTIONS) and info["policies"] == ["random", "noop", "expert", "api"]
+    assert info["actions"] == list(ACTIONS) and info["policies"] == [
+        "random",
+        "noop",
+        "expert",
+        "base",
+        "sft",
+        "rl",
+        "api",
+    ]
     assert httpx2.get(f"{url}/schema").json()["action"]["properties"]["action"]["enum"] == list(ACTIONS)
     assert httpx2.get(f"{url}/metadata").json()["name"] == "crafter"
 
@@ -386,6 +396,22 @@ def test_a_rollout_is_the_episode_that_the_pipeline_plays(server):
     )
 
 
+def test_a_rollout_of_the_student_is_the_same_again(tiny_folder, tmp_path):
+    write_params(tmp_path)
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models/base").symlink_to(tiny_folder)
+    shown = params.load(tmp_path / "params.yaml").active
+    student = in_process.load("base", None, "float32", 1.0, shown.sampling.max_tokens, 1, str(tiny_folder))
+    (expected,) = play(student, Spec([9], 4, shown.prompt))
+    asked = {"policy": "base", "seed": 9, "max_steps": 4, "images": False}
+    with serving(tmp_path, "world") as (url, _):
+        first, again = (httpx2.post(f"{url}/rollout", json=asked, timeout=120).json() for _ in range(2))
+        missing = httpx2.post(f"{url}/rollout", json=asked | {"policy": "rl"}, timeout=60)
+    assert first == again and [row["invalid"] for row in first["decisions"]] == [one.invalid for one in expected.steps]
+    assert [row["text"] for row in first["decisions"]] == [one.reply.message["content"] for one in expected.steps]
+    assert missing.status_code == 503 and "rl needs models/rl, which is not there" in missing.json()["detail"]
+
+
 def test_a_rollout_asks_only_endpoints_that_the_server_was_started_with(server, endpoint):
     url, _ = server
     asked = {"policy": "api", "seed": 1, "max_steps": 5}
@@ -397,7 +423,9 @@ def test_a_rollout_asks_only_endpoints_that_the_server_was_started_with(server, 
     for wrong in ({"base_url": "http://169.254.169.254"}, {"api_key_env": "HOME"}):
         assert httpx2.post(f"{url}/rollout", json=asked | wrong).status_code == 422
     unknown = httpx2.post(f"{url}/rollout", json=asked | {"policy": "http://127.0.0.1:1/v1"})
-    assert unknown.status_code == 409 and "there are random, noop, expert, api" in unknown.json()["detail"]
+    assert (
+        unknown.status_code == 409 and "there are random, noop, expert, base, sft, rl, api" in unknown.json()["detail"]
+    )
 
 
 def test_an_endpoint_that_fails_is_a_clean_error_and_slow_rollouts_hold_up_nobody(server, endpoint, monkeypatch):

@@ -67,7 +67,7 @@ class RolloutRequest(_Request):
     """A whole episode, played here."""
 
     policy: str
-    """A built-in one, or an endpoint that this server was started with."""
+    """A built-in one, the student (base, sft, rl), or an endpoint that this server was started with."""
     seed: Seed
     max_steps: Steps = 200
     images: bool = True
