@@ -123,6 +123,9 @@ class Endpoint(Section):
     max_tokens_field: Literal["max_completion_tokens", "max_tokens"] = "max_completion_tokens"
     """How the endpoint calls that: OpenAI's newer models know only the first, some servers only the second."""
     tool_choice: Literal["auto", "required", "none"] | dict[str, Any] | None = None
+    use_tools: bool = True
+    """false for an endpoint that takes no tools: the system prompt says how a call is written as text, and it's read
+    from there."""
     extra_body: dict[str, Any] = {}
     """Further keys of the request, for example chat_template_kwargs for vLLM."""
 
@@ -146,10 +149,12 @@ class Endpoint(Section):
     def asked(self) -> dict[str, Any]:
         """What changes a reply, JSON-able: part of the name of what was played with it."""
         run = {"api_key_env", "price", "max_cost_usd", "concurrency", "timeout", "max_retries", "max_failure_rate"}
-        return self.model_dump(mode="json", exclude=run)
+        return self.model_dump(mode="json", exclude=run | ({"use_tools"} if self.use_tools else set()))
 
     @model_validator(mode="after")
     def _possible(self):
+        if self.tool_choice is not None and not self.use_tools:
+            raise ValueError("tool_choice does nothing with use_tools: false; remove one of them")
         ours = {"messages", "tools", "stream", "n", "max_completion_tokens", *type(self).model_fields}
         if ours := ours & self.extra_body.keys():
             raise ValueError(f"extra_body may not hold {', '.join(sorted(ours))}: that's set elsewhere, or not at all")

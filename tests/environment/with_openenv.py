@@ -39,7 +39,7 @@ def test_openenvs_clients_play_the_episode_that_the_world_plays(tmp_path, key):
 
 def test_openenvs_validator_passes(tmp_path):
     with serving(tmp_path, "world") as (url, _):
-        command = [PYTHON.with_name("openenv"), "validate", "--url", url]
+        command = [PYTHON.with_name("openenv"), "validate", "--url", url, "--json"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     report = json.loads(done.stdout)
     assert done.returncode == 0 and report["passed"], done.stdout

@@ -26,20 +26,17 @@ from apprentice.world import World, png
 SHOWN = params.load(ROOT / "params.yaml").active.prompt
 
 
-@pytest.fixture(scope="module", params=["in process", "vllm"])
-def engine(request):
-    """vllm is the stand-in, one server on this processor; on_vllm.py has the real one."""
-    return request.param
-
-
 @pytest.fixture(scope="module")
-def address(engine, tiny_folder, tmp_path_factory):
-    """The untrained student as base, in a checkout."""
+def top(tiny_folder, tmp_path_factory):
+    """A checkout with the untrained student as base."""
     top = checkout(tmp_path_factory.mktemp("served") / "top", {})
     (top / "models").mkdir()
     (top / "models/base").symlink_to(tiny_folder)
-    if engine == "vllm":
-        (top / "compute.yaml").write_text(f"vllm: {{use: always, program: {stand_in.program(top)}}}\n")
+    return top
+
+
+@pytest.fixture(scope="module")
+def address(top):
     with serving(top, "base") as url:
         yield url
 
@@ -118,6 +115,24 @@ def test_those_who_ask_together_are_answered_together(client):
         assert found[seed].choices[0].message.content.startswith(alone[seed].choices[0].message.content)
 
 
+def test_on_vllm_it_is_the_same(client, top):
+    """By the stand-in for vLLM, one server on this processor."""
+    here = asked(temperature=0, max_tokens=6, logprobs=True)
+    expected = client.chat.completions.create(**here)
+    (top / "compute.yaml").write_text(f"vllm: {{use: always, program: {stand_in.program(top)}}}\n")
+    with serving(top, "base") as url, openai.OpenAI(base_url=url, api_key="none", max_retries=0) as vllm:
+        reply = vllm.chat.completions.create(**here)
+        assert reply.choices[0].message == expected.choices[0].message and reply.usage == expected.usage
+        chances = [[token.logprob for token in one.choices[0].logprobs.content] for one in (reply, expected)]
+        assert chances[0] == pytest.approx(chances[1], abs=1e-4)
+        many = vllm.chat.completions.create(**asked(max_tokens=4, n=3) | {"seed": 3})
+        assert len(many.choices) == 3
+        for wrong, words in (({"max_tokens": 100_000}, "are asked for"), (pictured(picture(72, 72), 2), "1 may be")):
+            with pytest.raises(openai.BadRequestError, match=words):
+                vllm.chat.completions.create(**asked(max_tokens=2) | wrong)
+        assert vllm.chat.completions.create(**asked(max_tokens=1)).choices
+
+
 def test_a_teacher_can_be_the_student(address, tmp_path):
     """params.yaml names it as any model behind an API."""
     endpoint = {"model": "base", "base_url": address, "api_key_env": None, "tool_choice": "required", "max_tokens": 8}
@@ -152,7 +167,7 @@ def picture(height: int, width: int) -> str:
         (pictured("file:///etc/passwd"), 400, "is no data URL"),
         (pictured("data:image/png;base64,AAAA"), 400, "cannot be read as a picture"),
         (pictured(picture(8, 4000)), 400, "4000 × 8 pixels; a side may have 2048"),
-        (pictured(picture(72, 72), 17), 400, "there are 17 pictures;"),
+        (pictured(picture(72, 72), 17), 400, "there are 17 pictures; 16 may be"),
     ],
 )
 def test_what_cannot_be_answered_is_refused_and_says_why(client, change, status, words):
