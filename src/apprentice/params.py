@@ -619,8 +619,8 @@ class Params(Section):
         benchmark, profile = self.benchmark, f"profiles.{self.profile}"
         if benchmark.protocol != "balrog":
             return ()
-        students = {profile: (self.active.prompt, f"{profile}.sampling", self.active.sampling)}
-        asked = students if benchmark.students else {}
+        played = (self.active.prompt, f"{profile}.sampling", self.active.sampling)
+        asked: dict[str, tuple[Prompt, str, Sampling | Endpoint]] = {profile: played} if benchmark.students else {}
         for name, agent in benchmark.agents.items():
             if agent.endpoint:
                 place = f"benchmark.agents.{name}"
