@@ -51,7 +51,7 @@ def serving(folder: Path, *arguments: str, port: int = 0, **environment: str):
         yield line.split()[2] if line else "", process
     finally:
         process.send_signal(signal.SIGINT)
-        process.wait(20)
+        process.wait(60)
         process.stdout.close()
 
 
@@ -408,7 +408,7 @@ def test_a_rollout_of_the_student_is_the_same_again(tiny_folder, tmp_path):
         first, again = (httpx2.post(f"{url}/rollout", json=asked, timeout=120).json() for _ in range(2))
         missing = httpx2.post(f"{url}/rollout", json=asked | {"policy": "rl"}, timeout=60)
     assert first == again and [row["invalid"] for row in first["decisions"]] == [one.invalid for one in expected.steps]
-    assert [row["text"] for row in first["decisions"]] == [one.reply.message["content"] for one in expected.steps]
+    assert [row["content"] for row in first["decisions"]] == [one.reply.message["content"] for one in expected.steps]
     assert missing.status_code == 503 and "rl needs models/rl, which is not there" in missing.json()["detail"]
 
 
