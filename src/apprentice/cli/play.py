@@ -142,7 +142,7 @@ def _episode(
         from apprentice.players.scripted import Scripted
 
         return asyncio.run(play_one(seen(Scripted(agent)), Spec([seed], max_steps, params.Prompt(), agent), seed))
-    if agent in agents.students(settings):
+    if settings and agent in agents.students(settings):
         spec = Spec([seed], max_steps, settings.active.prompt, agent)
         return asyncio.run(play_one(seen(agents.student(agent, settings)), spec, seed))
 

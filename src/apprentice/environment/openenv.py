@@ -105,8 +105,8 @@ async def _answer(kind: object, message: dict, sessions: Sessions, session: Sess
                 asked = ResetRequest.model_validate(message.get("data", {}))
                 return {"type": "observation", "data": await sessions.call(session, session.reset, asked)}
             case "step":
-                asked = ActionBody.model_validate(message.get("data", {}))
-                return {"type": "observation", "data": await sessions.call(session, session.step, asked.action)}
+                step = ActionBody.model_validate(message.get("data", {}))
+                return {"type": "observation", "data": await sessions.call(session, session.step, step.action)}
             case "state":
                 return {"type": "state", "data": session.state}
             case _:

@@ -30,7 +30,7 @@ class Session:
             asked = asked.model_copy(update={"seed": secrets.randbelow(2**31)})
         self._world = World(asked.seed, max_steps=asked.max_steps, size=asked.size)
         self._asked, self._steps, self._achievements = asked, 0, ()
-        return answer(asked.seed, 0, self._world.reset())
+        return answer(self._world.seed, 0, self._world.reset())
 
     def step(self, action: str) -> dict:
         """Raises Wrong when there is no episode that goes on."""
@@ -41,7 +41,7 @@ class Session:
         outcome = self._world.step(action)
         self._steps += 1
         self._achievements += outcome.unlocked
-        return answer(self._asked.seed, self._steps, outcome.observation, outcome)
+        return answer(self._world.seed, self._steps, outcome.observation, outcome)
 
     def act(self, actions: Sequence[str]) -> dict:
         """Steps until the actions or the episode are over, as one: rewards summed, all that was unlocked."""
