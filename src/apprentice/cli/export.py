@@ -17,7 +17,7 @@ from apprentice.files import replacing
 if TYPE_CHECKING:
     from apprentice.data.dataset import Jsonl
 
-Format = Literal["openai", "huggingface", "llamafactory"]
+Format = Literal["openai", "huggingface", "llamafactory", "balrog"]
 SPLITS = {"train": "train", "val": "validation"}
 _PLACE = re.compile("<(image|video|audio)>")
 _CARD = """\
@@ -41,24 +41,25 @@ def export(
         typer.Argument(
             metavar="FORMAT",
             help="openai: JSONL for its fine-tuning API. huggingface: a folder for datasets.load_dataset. "
-            "llamafactory: its dataset_info.json and files.",
+            "llamafactory: its dataset_info.json and files. balrog: no data, but an agent for its evaluator.",
         ),
     ],
     out: Annotated[Path | None, typer.Option(help="The folder to make; otherwise exports/FORMAT.")] = None,
     source: Annotated[Path, typer.Option("--from", help="Where train.jsonl and val.jsonl are.")] = Path("data/sft"),
     as_json: Annotated[bool, typer.Option("--json", help="What was written, for a script.")] = False,
 ) -> None:
-    """Write the training data, split as it is, for another trainer.
+    """Write the training data, split as it is, for another trainer; or for BALROG's evaluator who asks the student.
 
     Example: apprentice export llamafactory --out ~/LLaMA-Factory/data/crafter
     """
     out = out or Path("exports") / form
+    if form == "balrog":
+        return _balrog(out)
     files = {split: source / f"{split}.jsonl" for split in SPLITS}
     for file in files.values():
         if not file.is_file():
             raise ConfigError(f"there is no {file}; make it by dvc repro split, or dvc pull it, or name another --from")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out} is there already and not empty; remove it, or give another --out")
+    _free(out)
 
     from apprentice.data.dataset import Jsonl
 
@@ -70,6 +71,22 @@ def export(
         print(json.dumps({"format": form, "folder": str(out), "rows": counts}))
     else:
         print(f"{out}: " + ", ".join(f"{count} rows of {SPLITS[split]}" for split, count in counts.items()))
+
+
+def _free(out: Path) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out} is there already and not empty; remove it, or give another --out")
+
+
+def _balrog(out: Path) -> None:
+    from apprentice import params
+    from apprentice.cli import balrog
+
+    _free(out)
+    with replacing(out) as folder:
+        folder.mkdir()
+        balrog.write(folder, params.load().active.prompt)
+    print(f"{out}/custom.py: copy it over balrog/agents/custom.py of BALROG; it says how to run the evaluator")
 
 
 def _rows(chats: "Jsonl", row_of: Callable[[dict], dict]) -> Iterator[dict]:
