@@ -287,7 +287,7 @@ def write_card(
     """Make the adapter's folder complete: processor, model card."""
     from apprentice import prompt
     from apprentice.student import adapter, card
-    from apprentice.world import World
+    from apprentice.world.world import World
 
     rl = profile.rl
     shown = {"prompt": profile.prompt, "sampling": profile.sampling, "rl": rl}

@@ -44,6 +44,7 @@ def tiny(settings: params.Params, folder: Path) -> dict:
     from apprentice.workers import in_processes
 
     student, shown_with = settings.active.student, settings.active.prompt
+    assert isinstance(student, params.TinyStudent)
     options = student.pretraining
     calls = [(seed, options.frames_per_seed) for seed in options.seeds]
     played = in_processes(pretraining.frames, calls)
@@ -75,7 +76,7 @@ def write_card(
     """README.md. A model of the hub has its own."""
     from apprentice import prompt
     from apprentice.student import card
-    from apprentice.world import World
+    from apprentice.world.world import World
 
     options = student.pretraining
     asked = prompt.messages(World(options.seeds[0]).reset(), shown_with)
@@ -84,13 +85,12 @@ def write_card(
         "`act` in form, with any action: it cannot play yet. Made by the stage `student` of apprentice; the commit is "
         "the one whose dvc.lock has this folder."
     )
-    settings = student.model_dump(mode="json", exclude={"pretraining": {"seeds"}})
     sections = {
         "Use": f"{card.use(folder, BASE.name, asked)}\n\n{card.served(str(BASE))}",
         "Data": f"Frames of noisy play, of worlds {options.seeds[4]} to {options.seeds[-1]}: what is in each cell, "
         "and a random action as the reply.",
         "Metrics": card.table(("metric", "value"), metrics.items()),
-        "Settings": card.settings({"student": settings}),
+        "Settings": card.settings({"student": student.model_dump(mode="json", exclude={"pretraining": {"seeds"}})}),
         "Made with": card.versions("torch", "transformers"),
     }
     metadata = {"license": "mit", "library_name": "transformers"}

@@ -88,7 +88,7 @@ def complete(
     if isinstance(student, HubStudent):
         base, revision = student.model, student.revision
         loaded, of = f'"{base}", revision="{revision}"', f"`{base}` at revision `{revision}`"
-        metadata = {"base_model": base, "base_model_relation": "adapter"}
+        metadata: dict = {"base_model": base, "base_model_relation": "adapter"}
     else:
         shutil.copytree(BASE, folder / CARRIED, dirs_exist_ok=True)
         base, revision = f"models/{name}/{CARRIED}", None

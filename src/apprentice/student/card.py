@@ -115,8 +115,8 @@ def use(folder: Path, name: str, messages: list[dict], base: str | None = None) 
         loaded["model"] += "model = PeftModel.from_pretrained(base, folder)\n"
     tools = deepcopy(prompt.TOOLS)
     tools[0]["function"]["parameters"]["properties"]["actions"]["items"]["enum"] = _Code("actions")
-    asked = {"messages": shown, "actions": list(ACTIONS), "tools": tools}
-    lines = "\n".join(_assigned(*pair) for pair in asked.items())
+    asked: dict[str, list] = {"messages": shown, "actions": list(ACTIONS), "tools": tools}
+    lines = "\n".join(_assigned(name, value) for name, value in asked.items())
     return f"```python\n{_PROGRAM.format(name=name, asked=lines, **loaded)}```"
 
 
@@ -178,13 +178,12 @@ def teachers(found: list[dict]) -> str:
 
 def table(header: Iterable[str], rows: Iterable[Iterable]) -> str:
     """A table in Markdown; fractions with four digits."""
-    lines = [list(header), None, *rows]
-    return "\n".join(
-        "|" + "---|" * len(lines[0])
-        if cells is None
-        else "| " + " | ".join(f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in cells) + " |"
-        for cells in lines
-    )
+    names = list(header)
+    return "\n".join([_line(names), "|" + "---|" * len(names), *map(_line, rows)])
+
+
+def _line(cells: Iterable) -> str:
+    return "| " + " | ".join(f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in cells) + " |"
 
 
 def versions(*libraries: str) -> str:
