@@ -29,8 +29,9 @@ from trl import GRPOConfig, GRPOTrainer
 
 URL = "http://127.0.0.1:8000"
 SYSTEM = "Play Crafter. Call act with one action."
+"""What the student was told; its model card has it."""
 HISTORY, STEPS = 8, 20
-"""How many actions are shown as the last ones, and how many there are in an episode."""
+"""How many actions are shown as the last ones, and how many calls there are in an episode."""
 Action = Literal[
     "noop", "move_left", "move_right", "move_up", "move_down", "do", "sleep", "place_stone", "place_table",
     "place_furnace", "place_plant", "make_wood_pickaxe", "make_stone_pickaxe", "make_iron_pickaxe", "make_wood_sword",
