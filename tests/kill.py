@@ -1,10 +1,10 @@
 """`make test-kill`: every stage is killed at random moments and run again, and ends as if nothing had happened.
 
 A small pipeline runs undisturbed. Then each stage runs in a checkout and with a cache of its own, on the same inputs.
-It is killed by SIGKILL twice, at moments drawn between its begin and the time that it took undisturbed. Then it runs
-to its end. No output may be torn after a kill. At the end the outputs are the same bytes, and no file or process is
-left behind. Of the paid teacher's stub nothing was asked for twice, but for what was under way at a kill. KILL_SEED
-draws other moments.
+It is killed by SIGKILL twice, at moments drawn between its begin and the time that it took undisturbed. A file of the
+newest checkpoint, where there is one, is emptied, as a power cut may do. Then the stage runs to its end. No output may
+be torn after a kill. At the end the outputs are the same bytes, and no file or process is left behind. Of the paid
+teacher's stub nothing was asked for twice, but for what was under way at a kill. KILL_SEED draws other moments.
 """
 
 import json
@@ -24,12 +24,14 @@ from endpoint import Request, Server, playing
 from small import SMALL, checkout, environment, yaml
 
 from apprentice.data import chat_rows
+from apprentice.files import SEAL
 from apprentice.params import Prompt
 from apprentice.play import Spec, play
 from apprentice.players.scripted import Scripted
 from apprentice.workers import cores
 
-KILLS = 2
+KILLS, TRIES = 2, 6
+"""How often each stage is killed, and how often at most it may be at its end before, after which it begins anew."""
 COMMANDS = (
     "settings", "collect expert", "collect paid", "import others", "filter", "split", "student", "sft", "rl",
     "agreement", "benchmark expert", "benchmark_student sft", "score", "summary", "report",
@@ -97,14 +99,18 @@ def campaign(folder: Path, pipeline: Pipeline, command: str, seed: int) -> Count
     top = folder / command.replace(" ", "-")
     shutil.copytree(pipeline.top, top)
     cache, outs, files = folder / f"{top.name}-cache", outs_of(top, command), names(top)
-    for out in outs:
-        shutil.rmtree(top / out) if (top / out).is_dir() else (top / out).unlink()
     before, counts, under_way = len(pipeline.server.requests), Counter(kills=0), 0
-    for _ in range(KILLS):
+    remove(top, outs)
+    longest = pipeline.seconds[command]
+    while counts["kills"] < KILLS and counts["ends before a kill"] < TRIES:
         process = start(top, cache, command)
         try:
-            process.wait(draw.uniform(0.1, 1) * pipeline.seconds[command])
+            assert process.wait(draw.uniform(0.1, 1) * longest) == 0
             counts["ends before a kill"] += 1
+            longest *= 0.6
+            remove(top, outs)
+            shutil.rmtree(cache, ignore_errors=True)
+            before, under_way = len(pipeline.server.requests), 0
         except subprocess.TimeoutExpired:
             counts["kills"] += 1
             children = psutil.Process(process.pid).children(recursive=True)
@@ -116,6 +122,10 @@ def campaign(folder: Path, pipeline: Pipeline, command: str, seed: int) -> Count
         for out in outs:
             torn = (top / out).exists() and differs(top, pipeline.top, out)
             assert not torn, f"{command}: {out} is torn after a kill"
+    if checkpoints := sorted(cache.rglob(SEAL), key=lambda seal: seal.stat().st_mtime):
+        file = draw.choice(sorted(file for file in checkpoints[-1].parent.iterdir() if file.stat().st_size))
+        file.write_bytes(b"")
+        counts["checkpoints damaged"] += 1
     finish(top, cache, command)
     for out in outs:
         assert not differs(top, pipeline.top, out), f"{command}: {out} is not what it is undisturbed"
@@ -129,6 +139,12 @@ def campaign(folder: Path, pipeline: Pipeline, command: str, seed: int) -> Count
     print(f"{command}: {', '.join(f'{count} {what}' for what, count in counts.items())}", flush=True)
     shutil.rmtree(top)
     return counts
+
+
+def remove(top: Path, outs: list[str]) -> None:
+    """As DVC does before it runs a stage."""
+    for out in outs:
+        shutil.rmtree(top / out) if (top / out).is_dir() else (top / out).unlink(missing_ok=True)
 
 
 def start(top: Path, cache: Path, command: str) -> subprocess.Popen:
