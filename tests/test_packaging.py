@@ -55,7 +55,9 @@ UNIMPORTED = {
     "torchvision": "Transformers imports it for processors",
 }
 """Declared and never imported here, with who uses it."""
-LOCAL = {path.stem for folder in ("tests", "stages", "benchmarks") for path in (ROOT / folder).rglob("*.py")}
+LOCAL = {
+    path.stem for folder in ("tests", "stages", "benchmarks", "examples") for path in (ROOT / folder).rglob("*.py")
+}
 LOCAL |= {"apprentice", "stages"}
 
 
