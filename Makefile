@@ -9,10 +9,11 @@ OPENENV := .venv-openenv
 OPENENV_READY := $(OPENENV)/ready-$(shell cksum < requirements-openenv.lock | tr ' ' '-')
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
+EXPORTS_READY := $(foreach name,llamafactory axolotl,.venv-$(name)/ready-$(shell cat requirements-$(name).lock src/apprentice/student/torchvision_operators.py 2> /dev/null | cksum | tr ' ' '-'))
 SKY_READY := .venv-sky/ready-$(shell cksum <requirements-sky.lock | tr ' ' '-')
 S3_READY := .venv-s3/ready-$(shell cksum <requirements-s3.lock | tr ' ' '-')
 
-.PHONY: setup repro test test-kill test-rehearsal test-openenv test-report test-vllm test-deepspeed test-gpu test-sky \
+.PHONY: setup repro test test-kill test-rehearsal test-openenv test-exports test-report test-vllm test-deepspeed test-gpu test-sky \
     test-sky-rehearsal test-s3 vllm sky deps lint types checkout clean
 
 repro: setup ## the whole pipeline, only what has changed
@@ -55,6 +56,19 @@ $(OPENENV_READY): requirements-openenv.lock
 	test -x $(OPENENV)/bin/python || $(PYTHON) -m venv $(OPENENV)
 	$(OPENENV)/bin/python -m pip install --quiet --no-deps --requirement requirements-openenv.lock
 	rm -f $(OPENENV)/ready-*
+	touch $@
+
+test-exports: setup $(EXPORTS_READY) ## LLaMA-Factory, Axolotl and an older `datasets` read what `apprentice export` writes
+	python -m pytest tests/cli/with_trainers.py
+
+# Without what a loader of data does not need: gigabytes less.
+$(EXPORTS_READY): requirements-llamafactory.lock requirements-axolotl.lock
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --no-deps --requirement requirements-$(patsubst .venv-%,%,$(@D)).lock
+	site=$$(echo $(@D)/lib/python3.*/site-packages) && \
+	    cp src/apprentice/student/torchvision_operators.py $$site/torchvision_operators.py && \
+	    echo 'import torchvision_operators; torchvision_operators.install()' > $$site/torchvision_operators.pth
+	rm -f $(@D)/ready-*
 	touch $@
 
 test-sky: setup sky ## stages launched by SkyPilot on a one-node Slurm; root on Debian, installs Slurm
@@ -123,4 +137,4 @@ $(S3_READY): requirements-s3.lock
 	touch $@
 
 clean: ## forget the environments; the pipeline's outs stay
-	rm -rf $(VENV) $(VLLM) $(OPENENV) .venv-sky .venv-s3
+	rm -rf $(VENV) $(VLLM) $(OPENENV) .venv-llamafactory .venv-axolotl .venv-sky .venv-s3
