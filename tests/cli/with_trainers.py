@@ -6,11 +6,10 @@ Run by `make test-exports`, which sets them up; not part of `make test`.
 import json
 import os
 import subprocess
-from pathlib import Path
 
 import pytest
 from command_line import run
-from test_export_command import source  # noqa: F401
+from test_export_command import split_rows
 
 from apprentice.data.dataset import Jsonl
 from apprentice.pipeline import ROOT
@@ -22,14 +21,8 @@ ENVIRONMENTS = {"huggingface": "llamafactory", "llamafactory": "llamafactory", "
 
 @pytest.mark.parametrize("split", ["train", "val"])
 @pytest.mark.parametrize("form", ENVIRONMENTS)
-def test_a_trainer_sees_the_tokens_that_we_see_and_learns_the_answer_alone(
-    source: Path,
-    tiny,
-    tiny_folder,
-    tmp_path,
-    form,
-    split,  # noqa: F811
-):
+def test_a_trainer_sees_the_tokens_that_we_see_and_learns_the_answer_alone(tiny, tiny_folder, tmp_path, form, split):
+    source = split_rows(tmp_path / "source")
     assert run(source, "export", form, "--out", str(tmp_path / "out")).returncode == 0
     python = ROOT / f".venv-{ENVIRONMENTS[form]}/bin/python"
     offline = {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1", "AXOLOTL_DO_NOT_TRACK": "1"}

@@ -134,10 +134,9 @@ def export(
             (folder / "README.md").write_text(_CARD.format(license=license_, size=size))
         if form in _SETTINGS:
             places = {"folder": out, **{split: out / f"{split}.jsonl" for split in SPLITS}}
-            absolute = {
-                name: json.dumps(str(place.resolve())) for name, place in places.items()
-            }  # JSON's texts are YAML's
-            (folder / "train.yaml").write_text(_SETTINGS[form].format(**absolute))
+            # JSON's texts are YAML's.
+            quoted = {name: json.dumps(str(place.resolve())) for name, place in places.items()}
+            (folder / "train.yaml").write_text(_SETTINGS[form].format(**quoted))
     if as_json:
         print(json.dumps({"format": form, "folder": str(out), "rows": counts}))
         return

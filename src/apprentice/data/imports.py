@@ -344,7 +344,8 @@ def _turns(row: dict) -> list[_Turn]:
             system.append(content)
         elif role == "assistant":
             said = None if message.get("content") is None else prompt.said(message)
-            answer = {"role": "assistant", "content": said, "tool_calls": message.get("tool_calls")}
+            called = prompt.in_openai_form(message).get("tool_calls")
+            answer = {"role": "assistant", "content": said, "tool_calls": called}
             turn = _Turn((), None, answer, model[:100] if isinstance(model, str) else "")
             try:
                 if 0 in (message.get("weight"), message.get("loss")):  # of OpenAI, of ms-swift
@@ -505,7 +506,7 @@ def _address(value: object) -> str:
 
 def _parsed(answer: dict, tools: Tools) -> prompt.Parsed:
     """The actions of a reply, with calls of others' tools taken for what they mean."""
-    called = prompt.in_openai_form(answer).get("tool_calls")
+    called = answer["tool_calls"]
     if tools and called is None:  # perhaps in the text; unless all can be read, the reply stays as it is
         written = prompt.calls(answer)
         whole = len(written) == (answer["content"] or "").count("<tool_call>")
