@@ -64,7 +64,7 @@ test-exports: setup $(EXPORTS_READY) ## LLaMA-Factory, Axolotl and an older `dat
 # Without what a loader of data does not need: gigabytes less.
 $(EXPORTS_READY): requirements-llamafactory.lock requirements-axolotl.lock
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
-	$(@D)/bin/python -m pip install --quiet --no-deps --requirement requirements-$(patsubst .venv-%,%,$(@D)).lock
+	$(@D)/bin/python -m pip install --quiet --no-compile --no-deps --requirement requirements-$(patsubst .venv-%,%,$(@D)).lock
 	site=$$(echo $(@D)/lib/python3.*/site-packages) && \
 	    cp src/apprentice/student/torchvision_operators.py $$site/torchvision_operators.py && \
 	    echo 'import torchvision_operators; torchvision_operators.install()' > $$site/torchvision_operators.pth

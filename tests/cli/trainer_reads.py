@@ -23,9 +23,10 @@ def huggingface(folder: Path, split: str, student: str) -> list[dict]:
 
 
 def llamafactory(folder: Path, split: str, student: str) -> list[dict]:
+    import transformers  # noqa: F401  (it looks for torchaudio itself, and is not to find that)
     import yaml
 
-    # For sound, which nothing has here; there is none for a CPU build of torch.
+    # LLaMA-Factory imports it for sound, which nothing has here. There is none for a CPU build of torch.
     sys.modules["torchaudio"] = types.ModuleType("torchaudio")
     from llamafactory.data import get_dataset, get_template_and_fix_tokenizer
     from llamafactory.hparams import get_train_args

@@ -58,6 +58,7 @@ template: qwen3_vl_nothink # qwen3_vl would teach an empty thought before each c
 dataset_dir: {folder}
 dataset: crafter_train
 eval_dataset: crafter_val
+cutoff_len: 8192 # longer rows are cut without a word
 stage: sft
 do_train: true
 finetuning_type: lora
@@ -73,7 +74,7 @@ test_datasets: [{{path: {val}, ds_type: json, type: chat_template, split: train}
 skip_prepare_dataset: true # this and the next two are what pictures need
 remove_unused_columns: false
 sample_packing: false
-sequence_len: 4096
+sequence_len: 8192
 adapter: lora
 lora_r: 16
 lora_alpha: 16
@@ -270,23 +271,19 @@ def _axolotl(out: Path, splits: dict[str, "Jsonl"]) -> dict[str, int]:
     """Axolotl gives a chat template no tools, and leaves out a message without content: both are text here.
 
     The words are those of Qwen3-VL's chat template, so that who asks with the tools shows the model what it has learnt.
-    All contents are lists of parts, since a column has one type.
+    Contents are lists of parts of the same keys, since a column has one type. A picture is a data: URL under `images`.
     """
     from apprentice import prompt
     from apprentice.data.dataset import write_jsonl
 
-    def part_of(part: dict) -> dict:
-        return {"type": "image", "image": part["image_url"]["url"]} if part["type"] == "image_url" else part
-
     def row(chat: dict) -> dict:
-        *before, user, answer = chat["messages"]
+        messages, pngs = _without_pictures(chat["messages"])
+        *before, user, answer = messages
         system = _with_tools(before[0]["content"] if before else "", json.dumps(chat["tools"]))
+        contents = {"system": system, "user": user["content"], "assistant": prompt.spoken(answer)}
         return {
-            "messages": [
-                {"role": "system", "content": _parts(system)},
-                {"role": "user", "content": [part_of(part) for part in _parts(user["content"])]},
-                {"role": "assistant", "content": _parts(prompt.spoken(answer))},
-            ]
+            "messages": [{"role": role, "content": _parts(content)} for role, content in contents.items()],
+            "images": ["data:image/png;base64," + base64.b64encode(png).decode() for png in pngs],
         }
 
     return {split: write_jsonl(out / f"{split}.jsonl", _rows(chats, row)) for split, chats in splits.items()}
