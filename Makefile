@@ -13,8 +13,12 @@ EXPORTS_READY := $(foreach name,llamafactory axolotl,.venv-$(name)/ready-$(shell
 SKY_READY := .venv-sky/ready-$(shell cksum <requirements-sky.lock | tr ' ' '-')
 S3_READY := .venv-s3/ready-$(shell cksum <requirements-s3.lock | tr ' ' '-')
 
-.PHONY: setup repro test test-kill test-rehearsal test-openenv test-exports test-report test-vllm test-deepspeed test-gpu test-sky \
-    test-sky-rehearsal test-s3 vllm sky deps lint types checkout clean
+.DEFAULT_GOAL := repro
+.PHONY: help setup repro test test-kill test-rehearsal test-openenv test-exports test-report test-vllm test-deepspeed test-gpu \
+    test-sky test-sky-rehearsal test-s3 environments vllm sky deps lint types checkout clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "make %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 repro: setup ## the whole pipeline, only what has changed
 	dvc repro
@@ -61,10 +65,12 @@ $(OPENENV_READY): requirements-openenv.lock
 test-exports: setup $(EXPORTS_READY) ## LLaMA-Factory, Axolotl and an older `datasets` read what `apprentice export` writes
 	python -m pytest tests/cli/with_trainers.py
 
-# Without what a loader of data does not need: gigabytes less.
+# Without what a loader of data does not need: gigabytes less. The second install adds what a build of torch for GPUs wants.
 $(EXPORTS_READY): requirements-llamafactory.lock requirements-axolotl.lock
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
-	$(@D)/bin/python -m pip install --quiet --no-compile --no-deps --requirement requirements-$(patsubst .venv-%,%,$(@D)).lock
+	lock=requirements-$(patsubst .venv-%,%,$(@D)).lock && \
+	    $(@D)/bin/python -m pip install --quiet --no-compile --no-deps --requirement $$lock && \
+	    $(@D)/bin/python -m pip install --quiet --no-compile $$(grep ^torch= $$lock)
 	site=$$(echo $(@D)/lib/python3.*/site-packages) && \
 	    cp src/apprentice/student/torchvision_operators.py $$site/torchvision_operators.py && \
 	    echo 'import torchvision_operators; torchvision_operators.install()' > $$site/torchvision_operators.pth
@@ -88,10 +94,10 @@ lint: setup ## put the code into its form, then look at its types
 	ruff format .
 	$(MAKE) types
 
-types: setup ## errors of types that mypy-baseline.txt doesn't have; those that it has and are gone must leave it
+types: setup ## errors of types that mypy-baseline.txt does not have
 	mypy | mypy-baseline filter || (echo "an error that is gone leaves the list by: mypy | mypy-baseline sync"; false)
 
-setup: $(READY)
+setup: $(READY) ## the environment .venv, as requirements.lock has it
 
 $(READY): | checkout
 
@@ -110,6 +116,8 @@ $(READY): requirements.lock pyproject.toml
 	    echo 'import torchvision_operators; torchvision_operators.install()' > $$site/torchvision_operators.pth
 	rm -f $(VENV)/ready-*
 	touch $@
+
+environments: vllm sky $(OPENENV_READY) $(EXPORTS_READY) $(S3_READY) ## all but .venv, which their targets would make when needed
 
 vllm: $(VLLM_READY) ## vLLM for the CPU, in an environment of its own; on GPUs requirements-gpu.lock has it
 

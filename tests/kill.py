@@ -1,10 +1,10 @@
 """`make test-kill`: every stage is killed at random moments and run again, and ends as if nothing had happened.
 
 A small pipeline runs undisturbed. Then each stage runs in a checkout and with a cache of its own, on the same inputs.
-It is killed by SIGKILL twice, at moments drawn between its begin and the time that it took undisturbed. Then it runs
-to its end. No output may be torn after a kill. At the end the outputs are the same bytes, and no file or process is
-left behind. Of the paid teacher's stub nothing was asked for twice, but for what was under way at a kill. KILL_SEED
-draws other moments.
+It is killed by SIGKILL twice, at moments drawn between its begin and the time that it took undisturbed. A file of the
+newest checkpoint, where there is one, is emptied, as a power cut may do. Then the stage runs to its end. No output may
+be torn after a kill. At the end the outputs are the same bytes, and no file or process is left behind. Of the paid
+teacher's stub nothing was asked for twice, but for what was under way at a kill. KILL_SEED draws other moments.
 """
 
 import json
@@ -24,6 +24,7 @@ from endpoint import Request, Server, playing
 from small import SMALL, checkout, environment, yaml
 
 from apprentice.data import chat_rows
+from apprentice.files import SEAL
 from apprentice.params import Prompt
 from apprentice.play import Spec, play
 from apprentice.players.scripted import Scripted
@@ -116,6 +117,10 @@ def campaign(folder: Path, pipeline: Pipeline, command: str, seed: int) -> Count
         for out in outs:
             torn = (top / out).exists() and differs(top, pipeline.top, out)
             assert not torn, f"{command}: {out} is torn after a kill"
+    if checkpoints := sorted(cache.rglob(SEAL), key=lambda seal: seal.stat().st_mtime):
+        file = draw.choice(sorted(file for file in checkpoints[-1].parent.iterdir() if file.stat().st_size))
+        file.write_bytes(b"")
+        counts["checkpoints damaged"] += 1
     finish(top, cache, command)
     for out in outs:
         assert not differs(top, pipeline.top, out), f"{command}: {out} is not what it is undisturbed"

@@ -29,6 +29,10 @@ class OutOfMoney(WorkError):
     """No more may be spent: the work ends here, and can go on later."""
 
 
+class LimitReached(OutOfMoney):
+    """All that the settings allow is spent; the account may have more."""
+
+
 class NoAnswer(Exception):
     """An endpoint gave no usable answer to one request, after all retries. Other requests may do better."""
 

@@ -12,7 +12,7 @@ from ruamel.yaml import YAML
 
 from apprentice import params, prompt
 from apprentice.data import judge
-from apprentice.errors import ConfigError
+from apprentice.errors import ConfigError, OutOfMoney
 from apprentice.params import Criterion, Endpoint, Evaluation, Judge, Reward, Rl
 from apprentice.pipeline import ROOT
 from apprentice.play import Spec, play
@@ -185,6 +185,13 @@ def test_money_for_the_judge_ends_and_more_continues(episodes):
         verdicts = judge.scores(episodes, settings(server, endpoint=price | {"max_cost_usd": 5.0}))
         assert all(verdict.score == 0.5 for verdict in verdicts)
         assert len(server.requests) == len(episodes)
+
+
+def test_an_account_without_credit_stops_the_judge(episodes):
+    with Server([marks(), Answer(status=402, body={"error": {"message": "Pay."}})]) as server:
+        with pytest.raises(OutOfMoney, match=r"judge\.endpoint: .* no credit left"):
+            judge.scores(episodes, settings(server, endpoint={"concurrency": 1}))
+        assert len(server.requests) == 2
 
 
 def test_a_wrong_key_is_a_wrong_configuration(episodes):

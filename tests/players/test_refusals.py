@@ -199,6 +199,22 @@ def test_a_limit_to_the_rate_is_no_empty_account(answer):
         assert len(server.requests) == 3
 
 
+def test_an_endpoint_that_refuses_every_request_is_a_wrong_configuration():
+    with Server([error("Bad Request")]) as server:
+        with pytest.raises(ConfigError, match=r"teachers\.gpt\.endpoint: .* has refused every request: .*Bad Request"):
+            played(server, 100)
+        assert len(server.requests) <= 5  # one may have begun when the first was refused
+
+
+def test_an_endpoint_that_refuses_some_requests_loses_their_episodes_alone():
+    def answer(request) -> Answer:
+        return error("Bad Request") if request.number % 2 else NOOP
+
+    with Server(answer) as server, pytest.raises(WorkError, match="Bad Request"):
+        played(server, 20, concurrency=1)
+    assert len(server.requests) > 4
+
+
 # A setting that is refused
 
 SETTINGS = {

@@ -16,7 +16,7 @@ from apprentice.endpoint.client import Client
 from apprentice.endpoint.purse import Purse
 from apprentice.endpoint.replies import Replies, shown_digest
 from apprentice.episode import Episode, Reply, Step
-from apprentice.errors import ConfigError, NoAnswer, OutOfMoney, WorkError
+from apprentice.errors import ConfigError, LimitReached, NoAnswer, WorkError
 from apprentice.params import Judge
 from apprentice.workers import together
 
@@ -37,7 +37,8 @@ class Verdict:
 def scores(episodes: Iterable[Episode], settings: Judge) -> list[Verdict]:
     """A verdict for each episode, in their order; only as many episodes are in memory as are asked about at once.
 
-    Raises ConfigError if the endpoint refuses the key or the model.
+    Raises ConfigError if the endpoint refuses the key or the model, OutOfMoney if its account has no credit. A limit
+    of the settings that is reached is neither: what is left has no score.
     """
     return asyncio.run(_scores(episodes, settings))
 
@@ -67,7 +68,7 @@ async def _scores(episodes: Iterable[Episode], settings: Judge) -> list[Verdict]
 
         async with client:
             await together(one_after_the_other() for _ in range(settings.endpoint.concurrency))
-    if stopped and not isinstance(stopped, OutOfMoney):
+    if stopped and not isinstance(stopped, LimitReached):
         raise stopped
     return [found[place] for place in sorted(found)]
 

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 _UNREADABLE = 3
 """How often an answer that can't be read is asked for again: each may have been paid for."""
+_REFUSED = 2
+"""Requests after which an endpoint that has answered none refuses whatever it is asked."""
 _SPECIAL = 512
 """Tokens that a server may add to what it's sent: its template's own words."""
 _LONGEST_PAUSE = 60.0
@@ -95,6 +97,8 @@ class Client:
         self.purse = Purse(endpoint, agent, whose)
         self._refusal: ConfigError | OutOfMoney | None = None
         """The last error after which no other call can do better: those that pause then ask no more."""
+        self._answered, self._refused = False, 0
+        """Whether anything was answered, and how many requests were refused for a reason that is not understood."""
 
     async def __aenter__(self) -> "Client":
         return self
@@ -188,8 +192,17 @@ class Client:
                 return meaning, pause
             return Fault(f"{meaning} (it asks to wait for {pause:g} s)", meaning.answered, meaning.reply), None
         if isinstance(meaning, Exception):
-            raise meaning
+            raise self._after_refusal(meaning)
+        self._answered = True
         return meaning, None
+
+    def _after_refusal(self, error: Exception) -> Exception:
+        """The error; another when one request after the other is refused: then it's no matter of what they ask."""
+        if isinstance(error, NoAnswer) and not isinstance(error, Fault):
+            self._refused += 1
+            if not self._answered and self._refused >= _REFUSED:
+                return ConfigError(f"{self.whose}: {self.endpoint.base_url} has refused every request: {error}")
+        return error
 
     def _read(self, response: "httpx2.Response") -> Any:
         """What came as JSON, or as text if it is none; in any encoding that JSON may have."""

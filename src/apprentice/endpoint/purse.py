@@ -17,7 +17,7 @@ from pathlib import Path
 
 from apprentice.cache import cache_folder
 from apprentice.endpoint import prices
-from apprentice.errors import OutOfMoney
+from apprentice.errors import LimitReached
 from apprentice.files import locked
 from apprentice.fingerprint import hashed
 from apprentice.ledger import opened, transaction, write
@@ -115,7 +115,7 @@ class Purse:
     async def opened(self, prompt_tokens: int, completion_tokens: int) -> AsyncIterator[Payment]:
         """Pay for one request of at most so many tokens, when this fits beside what is under way.
 
-        Raises OutOfMoney when it cannot fit any more.
+        Raises LimitReached when it cannot fit any more.
         """
         payment = Payment(prompt_tokens, completion_tokens)
         number = await self._begun(payment)
@@ -136,7 +136,7 @@ class Purse:
                     write(self._db, self._path, "INSERT INTO requests VALUES (NULL, ?, ?, ?, ?, ?)", row)
                     return self._db.execute("SELECT last_insert_rowid()").fetchone()[0]
             if not state.under_way:
-                raise OutOfMoney(self._empty(state, payment))
+                raise LimitReached(self._empty(state, payment))
             with suppress(TimeoutError):
                 await asyncio.wait_for(changed.wait(), 0.5)  # another process changes it without a word
 

@@ -5,13 +5,13 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from apprentice.files import SEAL, damage, seal, sealed
+from apprentice.training import devices
 
 
 class Often(TrainerCallback):
@@ -40,8 +40,7 @@ class Whole(TrainerCallback):
             state.best_model_checkpoint = str(_named(Path(args.output_dir), state.best_global_step))
 
     def on_save(self, args, state, control, **kwargs) -> None:
-        if torch.distributed.is_initialized():
-            torch.distributed.barrier()
+        devices.wait()
         if state.is_world_process_zero:
             folder = Path(args.output_dir)
             checkpoint, best = (_named(folder, step or 0) for step in (state.global_step, state.best_global_step))

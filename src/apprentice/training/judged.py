@@ -9,7 +9,7 @@ from accelerate.utils import broadcast_object_list
 
 from apprentice.data import judge as judging
 from apprentice.episode import Episode
-from apprentice.errors import ConfigError
+from apprentice.errors import ConfigError, OutOfMoney
 from apprentice.params import Judge
 from apprentice.training import devices
 from apprentice.training.reward import with_mean
@@ -40,7 +40,7 @@ class Judged:
     def _asked(self, episodes: Sequence[Episode]) -> list[float | None]:
         try:
             verdicts = judging.scores(episodes, self.judge)
-        except ConfigError as error:
+        except (ConfigError, OutOfMoney) as error:
             if not self._has_answered:
                 raise
             verdicts = [judging.Verdict(episode.id, None, str(error)) for episode in episodes]
