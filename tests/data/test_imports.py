@@ -19,6 +19,7 @@ from apprentice import params, prompt, store
 from apprentice.data import chat_rows, imports
 from apprentice.data.filters import Funnel, select
 from apprentice.data.imports import NothingUsable, Report, read
+from apprentice.episode import Episode, Given, Reply, Step
 from apprentice.params import Filter, Prompt, Tool
 from apprentice.pipeline import ROOT
 from apprentice.play import Spec, play
@@ -549,10 +550,20 @@ def test_what_cannot_be_used_of_a_trace_is_counted(trace, tmp_path):
     assert [episode.seed for episode in episodes] == [one.seed]
     assert report.lines == {"read": 123, KEPT: 40}
     assert report.decisions == {"read": 83, "usable": 40, "no decision as this version records them": 43}
+    given = replace(GIVEN, name="5", agent="expert")
+    broken = replace(given, name="6", steps=(damaged(given.steps[0], messages=({"role": "user", "content": [{}]},)),))
+    store.write(tmp_path / "given.parquet", [given, broken])
+    episodes, report = imported(tmp_path / "given.parquet")
+    assert [episode.imported for episode in episodes] == [True]
+    assert report.decisions == {"read": 2, "usable": 1, "no decision as this version records them": 1}
     twice = [one, two, one]
     store.write(tmp_path / "twice.parquet", twice)
     episodes, report = imported(tmp_path / "twice.parquet")
     assert len(episodes) == 2 and report.decisions["the same episode and step again"] == 40
+
+
+STEP = Step(0, (), Given((user("look"),), None), Reply(NOOP), ("noop",), "", ("noop",), 0.0, 0, (), False, False)
+GIVEN = Episode("friends", None, (STEP,))
 
 
 def damaged(step, **columns):

@@ -179,10 +179,12 @@ def _known(episode: Episode) -> bool:
             if shown.png is not None and math.prod(png.size(shown.png)) > LARGEST_PICTURE:
                 return False
             picture = None if shown.png is None else png.decode(shown.png)
-            if not isinstance(shown, Given):
-                prompt.text(shown, _EVERYTHING, step.history)
-                if picture is None or picture.shape != (SIZE, SIZE, 3):
-                    return False
+            if isinstance(shown, Given):
+                prompt.given(shown)
+                continue
+            prompt.text(shown, _EVERYTHING, step.history)
+            if picture is None or picture.shape != (SIZE, SIZE, 3):
+                return False
     except Exception:  # whatever a file may hold that is not ours
         return False
     return True
@@ -601,8 +603,8 @@ def _why_nothing(report: Report, name: str, path: Path) -> str:
         tools = ", ".join(f"{tool}: {{}}" for tool in report.tools)
         return (
             f"no reply can be read: they call {', '.join(report.tools)}. Say in params.yaml what that means, as "
-            f"imports: {{{name}: {{file: {path}, tools: {{{tools}}}}}}}, if it is our act under another name; Tool in "
-            "params.py has the rest"
+            f"imports: {{{name}: {{file: {path}, tools: {{{tools}}}}}}}, if it is our act under another name; "
+            "docs/data.md has the rest"
         )
     if report.invalid:
         reason, count = report.invalid.most_common(1)[0]
