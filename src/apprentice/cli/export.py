@@ -297,9 +297,8 @@ def _with_tools(system: str, tools: str) -> str:
     from apprentice.student.template import TEMPLATE
 
     chat = [{"role": "system", "content": system}] if system else []
-    (text,), _ = render_jinja_template(
-        [[*chat, {"role": "user", "content": ""}]], json.loads(tools), chat_template=TEMPLATE
-    )
+    chats = [[*chat, {"role": "user", "content": ""}]]
+    text = render_jinja_template(chats, json.loads(tools), chat_template=TEMPLATE)[0][0]
     return text.removeprefix("<|im_start|>system\n").partition("<|im_end|>")[0]
 
 

@@ -521,8 +521,7 @@ def _parsed(answer: dict, tools: Tools) -> prompt.Parsed:
 def _meant(call: object, tools: Tools) -> object:
     """The call of `act` that a call of one of these tools is; any other as it came."""
     function = call.get("function") if isinstance(call, dict) else None
-    name = function.get("name") if isinstance(function, dict) else None
-    if not isinstance(name, str) or name not in tools:
+    if not isinstance(function, dict) or not isinstance(name := function.get("name"), str) or name not in tools:
         return call
     tool, arguments = tools[name], function.get("arguments")
     if tool.action:
