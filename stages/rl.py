@@ -252,6 +252,8 @@ def write(
 
 
 def write_plots(history: list[dict], held_out: list[dict], rl: params.Rl) -> None:
+    from apprentice.world.observation import ACTIONS
+
     judged = ("judge_score", "judge_missing") if rl.reward.judge else ()
     played = ("reward", "achievements", "length", "invalid_rate", "steps_per_second", *judged)
     write_curve("rl", history, {name: name for name in played})
@@ -259,11 +261,9 @@ def write_plots(history: list[dict], held_out: list[dict], rl: params.Rl) -> Non
     trained |= {"staleness": "staleness"} | ({"kl": "kl"} if rl.kl_coefficient else {})
     write_curve("rl_training", history, trained)
     write_plot("rl_held_out", list(held_out[0]), [list(row.values()) for row in held_out])
+    # In their own order: a checkpoint sorts the names.
     actions = (
-        [iteration, key.removeprefix("action/"), share]
-        for iteration, entry in enumerate(history)
-        for key, share in entry.items()
-        if key.startswith("action/")
+        [iteration, action, entry[f"action/{action}"]] for iteration, entry in enumerate(history) for action in ACTIONS
     )
     write_plot("rl_actions", ["iteration", "action", "share"], actions)
 
