@@ -117,7 +117,7 @@ $(READY): requirements.lock pyproject.toml
 	rm -f $(VENV)/ready-*
 	touch $@
 
-environments: vllm sky $(OPENENV_READY) $(EXPORTS_READY) $(S3_READY) ## all but .venv, which their targets would make when needed
+environments: vllm sky $(OPENENV_READY) $(S3_READY) ## those of .ci/run but .venv, which their targets would make when needed
 
 vllm: $(VLLM_READY) ## vLLM for the CPU, in an environment of its own; on GPUs requirements-gpu.lock has it
 
