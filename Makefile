@@ -10,12 +10,13 @@ OPENENV_READY := $(OPENENV)/ready-$(shell cksum < requirements-openenv.lock | tr
 BALROG_READY := .venv-balrog/ready-$(shell cksum <requirements-balrog.lock | tr ' ' '-')
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
+EXPORTS_READY := $(foreach name,llamafactory axolotl,.venv-$(name)/ready-$(shell cat requirements-$(name).lock src/apprentice/student/torchvision_operators.py 2> /dev/null | cksum | tr ' ' '-'))
 SKY_READY := .venv-sky/ready-$(shell cksum <requirements-sky.lock | tr ' ' '-')
 S3_READY := .venv-s3/ready-$(shell cksum <requirements-s3.lock | tr ' ' '-')
 
 .DEFAULT_GOAL := repro
-.PHONY: help setup repro test test-kill test-rehearsal test-openenv test-balrog test-report test-vllm test-deepspeed test-gpu test-sky \
-    test-sky-rehearsal test-s3 environments vllm sky deps lint types checkout clean
+.PHONY: help setup repro test test-kill test-rehearsal test-openenv test-balrog test-exports test-report test-vllm \
+    test-deepspeed test-gpu test-sky test-sky-rehearsal test-s3 environments vllm sky deps lint types checkout clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "make %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -72,6 +73,21 @@ $(BALROG_READY): requirements-balrog.lock
 	rm -f .venv-balrog/ready-*
 	touch $@
 
+test-exports: setup $(EXPORTS_READY) ## LLaMA-Factory, Axolotl and an older `datasets` read what `apprentice export` writes
+	python -m pytest tests/cli/with_trainers.py
+
+# Without what a loader of data does not need: gigabytes less. The second install adds what a build of torch for GPUs wants.
+$(EXPORTS_READY): requirements-llamafactory.lock requirements-axolotl.lock
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	lock=requirements-$(patsubst .venv-%,%,$(@D)).lock && \
+	    $(@D)/bin/python -m pip install --quiet --no-compile --no-deps --requirement $$lock && \
+	    $(@D)/bin/python -m pip install --quiet --no-compile $$(grep ^torch= $$lock)
+	site=$$(echo $(@D)/lib/python3.*/site-packages) && \
+	    cp src/apprentice/student/torchvision_operators.py $$site/torchvision_operators.py && \
+	    echo 'import torchvision_operators; torchvision_operators.install()' > $$site/torchvision_operators.pth
+	rm -f $(@D)/ready-*
+	touch $@
+
 test-sky: setup sky ## stages launched by SkyPilot on a one-node Slurm; root on Debian, installs Slurm
 	tests/slurm/run
 
@@ -112,7 +128,7 @@ $(READY): requirements.lock pyproject.toml
 	rm -f $(VENV)/ready-*
 	touch $@
 
-environments: vllm sky $(OPENENV_READY) $(S3_READY) ## all but .venv, which their targets would make when needed
+environments: vllm sky $(OPENENV_READY) $(S3_READY) ## those of .ci/run but .venv, which their targets would make when needed
 
 vllm: $(VLLM_READY) ## vLLM for the CPU, in an environment of its own; on GPUs requirements-gpu.lock has it
 
@@ -140,4 +156,4 @@ $(S3_READY): requirements-s3.lock
 	touch $@
 
 clean: ## forget the environments; the pipeline's outs stay
-	rm -rf $(VENV) $(VLLM) $(OPENENV) .venv-balrog .venv-sky .venv-s3
+	rm -rf $(VENV) $(VLLM) $(OPENENV) .venv-balrog .venv-llamafactory .venv-axolotl .venv-sky .venv-s3

@@ -57,6 +57,7 @@ def main() -> None:
                     characters += chat_rows.characters(row["messages"])
                     counts["pictures"] += row["metadata"]["has_image"]
                     counts["imported"] += episode.imported
+                    counts["no_picture"] += episode.imported and not row["metadata"]["has_image"]
                     counts["other_prompt"] += row["messages"][0]["content"] != system
                     yield row
 
@@ -69,6 +70,7 @@ def main() -> None:
         "val_seeds": len(held_out),
         "imported_rows": counts["imported"],
         "imported_rows_with_another_system_prompt": counts["other_prompt"],
+        "imported_rows_without_picture": counts["no_picture"],
         "invalid_left_out": counts["invalid"],
         "unplayable_left_out": unplayable.total(),
         "pictures": counts["pictures"],
@@ -93,6 +95,8 @@ def main() -> None:
             f"split: {unplayable.total()} replies are left out, which the student's own play would not take: {count} × "
             f"{reason}"
         )
+    if counts["no_picture"] and shown_with.mode != "text":
+        print(f"split: {counts['no_picture']} imported rows have no picture, which the student will be asked with")
     if counts["other_prompt"]:
         print(
             f"split: {counts['other_prompt']} imported rows have another system prompt than the one that the student "

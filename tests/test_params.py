@@ -185,6 +185,18 @@ def test_1e_5_without_a_point_is_a_number(tmp_path):
             ["profiles.tiny.rl: decisions (20)", "write 64"],
         ),
         (
+            {"imports": {"friends": {"file": "a.jsonl", "tools": {"wait": {"action": "noop", "argument": "x"}}}}},
+            ["imports.friends.tools.wait: action is for a tool that is one action"],
+        ),
+        (
+            {"imports": {"theirs": {"file": "a.parquet", "tools": {"wait": {"action": "noop"}}}}},
+            ["imports.theirs: tools: in a trace the replies are read already"],
+        ),
+        (
+            {"imports": {"friends": {"file": "a.jsonl", "tools": {"move": {"names": {"left": "left"}}}}}},
+            ["imports.friends.tools.move.names.left", "move_left"],
+        ),
+        (
             {"teachers__expert__policy": "random", "teachers__expert__rationale": True},
             ["teachers.expert: rationale: the policy 'random' has no reasons", "set policy: expert"],
         ),

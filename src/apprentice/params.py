@@ -202,11 +202,50 @@ class Teacher(Agent):
         return self
 
 
+Action = Literal[
+    "noop", "move_left", "move_right", "move_up", "move_down", "do", "sleep", "place_stone", "place_table",
+    "place_furnace", "place_plant", "make_wood_pickaxe", "make_stone_pickaxe", "make_iron_pickaxe", "make_wood_sword",
+    "make_stone_sword", "make_iron_sword",
+]  # fmt: skip
+"""Crafter's, all of them."""
+
+
+class Tool(Section):
+    """What a call of somebody else's tool means."""
+
+    argument: Annotated[str, Field(min_length=1)] = "actions"
+    """Its argument that names an action, or has a list of such names."""
+    names: dict[str, Action] = {}
+    """Its names of actions → Crafter's. A name that isn't here has to be Crafter's own."""
+    action: Action | None = None
+    """The action that each of its calls is, whatever the arguments: for a tool as `wait()`."""
+
+    @model_validator(mode="after")
+    def _is_one_of_both(self):
+        if self.action and {"argument", "names"} & self.model_fields_set:
+            raise ValueError("action is for a tool that is one action; leave out argument and names, or action")
+        return self
+
+
 class Import(Section):
     """Somebody else's decisions, beside the teachers' own."""
 
     file: Annotated[str, Field(min_length=1)]
-    """JSONL in OpenAI's chat form, pictures as data: URLs, replies that call the tool `act`; see imports.py."""
+    """JSONL in OpenAI's chat form, pictures as data: URLs, replies that call the tool `act`; see imports.py. Or a trace
+    of another checkout, one of its data/traces/*.parquet: it comes with all that is known of each episode."""
+    tools: dict[str, Tool] = {}
+    """For replies that call other tools. `interact_many: {}` is our `act` under another name, and `move: {argument:
+    direction, names: {left: move_left, right: move_right}}` takes the direction for the action."""
+
+    @property
+    def is_trace(self) -> bool:
+        return Path(self.file).suffix == ".parquet"
+
+    @model_validator(mode="after")
+    def _has_tools_to_read(self):
+        if self.tools and self.is_trace:
+            raise ValueError("tools: in a trace the replies are read already; leave tools out")
+        return self
 
 
 class Criterion(Section):
@@ -719,7 +758,8 @@ def with_imports(files: dict[str, str], path: Path = PATH) -> str:
     tree = yaml.load(path.read_text())
     sources = tree.setdefault("imports", CommentedMap())
     sources.fa.set_flow_style()
-    sources.update({name: {"file": file} for name, file in files.items()})
+    for name, file in files.items():
+        sources.setdefault(name, CommentedMap())["file"] = file
     yaml.dump(tree, text)
     _checked(path, parsed(path, text.getvalue()))
     return text.getvalue()
