@@ -177,8 +177,8 @@ def _gpu() -> Finding:
         why = "none that torch can use, but there is nvidia-smi: see whether torch is a CPU build"
     elsewhere = "Let the training stages run elsewhere: where: sky in compute.yaml."
     here = [stage for stage in ("sft", "rl", "agreement", "benchmark_student") if not _elsewhere(stage)]
-    if here and _model():
-        return Finding("GPU", BROKEN, why, f"{', '.join(here)} of {_model()}, for which they are needed", elsewhere)
+    if here and (student := _of_the_hub()):
+        return Finding("GPU", BROKEN, why, f"{', '.join(here)} of {student.model}, which needs them", elsewhere)
     return Finding("GPU", GAP, why, "the larger profiles (qwen2b and up) in reasonable time", elsewhere)
 
 
@@ -189,29 +189,29 @@ def _elsewhere(stage: str) -> bool:
         return False
 
 
-def _model() -> str:
-    """The hub's model that the student is made of; empty where it's the tiny one."""
+def _of_the_hub() -> params.HubStudent | None:
+    """The student, if it is made of a model of the hub."""
     try:
-        model = params.load().active.student.model
+        student = params.load().active.student
     except ConfigError:  # said above
-        return ""
-    return "" if model == "tiny" else model
+        return None
+    return student if isinstance(student, params.HubStudent) else None
 
 
 def _student() -> Iterator[Finding]:
     """Whether the hub has the student's model for this machine."""
-    model = _model()
-    if not model or Path("models/base/config.json").exists():
+    student = _of_the_hub()
+    if not student or Path("models/base/config.json").exists():
         return
     from httpx2 import HTTPError
     from huggingface_hub import HfApi
 
-    what, revision = "student", params.load().active.student.revision
+    what, model = "student", student.model
     try:
-        HfApi().model_info(model, revision=revision, timeout=5)
+        HfApi().model_info(model, revision=student.revision, timeout=5)
         yield Finding(what, OK, f"the hub has {model}")
     except (HTTPError, OSError) as error:
-        found = f"the hub does not give {model} at {revision} ({type(error).__name__})"
+        found = f"the hub does not give {model} at {student.revision} ({type(error).__name__})"
         remedy = "HF_ENDPOINT names a mirror, HF_TOKEN holds the key for a gated model."
         yield Finding(what, BROKEN, found, "student, and what depends on it", remedy)
 
