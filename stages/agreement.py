@@ -27,6 +27,10 @@ def main() -> None:
     from apprentice.workers import cores, in_processes
 
     count = len(Jsonl(DATA))
+    if not count:
+        write_plot("agreement", ["teacher", "student"], [])
+        print("agreement: no decision was held out (split.val_fraction)")
+        return
     rows = list(range(0, count, -(-count // MOST)))
     together = profile.sampling.batch_size
     places = processes.places(BASE, profile.dtype, -(-len(rows) // together))

@@ -2,7 +2,8 @@
 
     dvc repro sft        or: python stages/sft.py
 
-The loss is on the answers only. Validated every `eval_steps`, the adapter with the lowest validation loss is kept.
+The loss is on the answers only. Validated every `eval_steps`, the adapter with the lowest validation loss is
+kept; where nothing is held out, the last one.
 Checkpoints lie in the user's cache, named by everything that shapes them: a killed run continues.
 """
 
@@ -41,8 +42,12 @@ def main() -> None:
     adapter.check_targets(BASE, sft.lora, f"params.yaml: {where}.sft.lora")
     inputs = {name: digest(path) for name, path in DATA.items()} | {"base": digest(BASE, without="README.md")}
     made_by = code(__file__, afterwards=("student.adapter", "student.card"))
-    surveys = {name: fingerprint(rows=inputs[name], base=inputs["base"], code=made_by) for name in DATA}
-    left_out = sum(too_long(name, surveys[name], profile, where) for name in DATA)
+    surveys = {
+        name: fingerprint(rows=inputs[name], base=inputs["base"], code=made_by)
+        for name, path in DATA.items()
+        if path.stat().st_size
+    }
+    left_out = sum(too_long(name, survey, profile, where) for name, survey in surveys.items())
     ranks, rows, accumulation = devices.layout(sft.batch_size, sft.micro_batch_size)
     shaping: dict[str, Any] = {"sft": sft.model_dump(mode="json"), "dtype": profile.dtype}
     shaping |= {"inputs": list(inputs.values()), "answers": profile.sampling.max_tokens}
@@ -82,7 +87,7 @@ def too_long(name: str, survey: str, profile: params.Profile, where: str) -> int
 def train(
     profile: params.Profile, surveys: dict[str, str], left_out: int, checkpoints: Path, rows: int, accumulation: int
 ) -> None:
-    """What each rank does. surveys: the name of each file's. rows: at once, in each rank."""
+    """What each rank does. surveys: the name of each file's, of those that have rows. rows: at once, in each rank."""
     from transformers import EarlyStoppingCallback
 
     from apprentice.student import loading
@@ -90,15 +95,18 @@ def train(
     from apprentice.training.sft import SftTrainer
 
     sft = profile.sft
-    args = arguments(profile, checkpoints, rows, accumulation)  # before the model: ZeRO-3 divides it as it's loaded
+    validated = "val" in surveys
+    args = arguments(
+        profile, checkpoints, rows, accumulation, validated
+    )  # before the model: ZeRO-3 divides it as it's loaded
     model, processor = loading.load(BASE, dtype=profile.dtype, quantization=sft.lora.quantization)
-    data = {name: examples_of(name, surveys[name], processor, profile) for name in DATA}
-    patience = sft.early_stopping_patience
+    data = {name: examples_of(name, survey, processor, profile) for name, survey in surveys.items()}
+    patience = sft.early_stopping_patience if validated else None
     trainer = SftTrainer(
         model=model,
         args=args,
         train_dataset=data["train"].dataset,
-        eval_dataset=data["val"].dataset,
+        eval_dataset=data["val"].dataset if validated else None,
         data_collator=data["train"].collate,
         processing_class=processor,
         peft_config=loading.lora_config(sft.lora),
@@ -113,7 +121,7 @@ def train(
         write(trainer, weights, processor, profile, surveys, left_out)
 
 
-def arguments(profile: params.Profile, checkpoints: Path, rows: int, accumulation: int):
+def arguments(profile: params.Profile, checkpoints: Path, rows: int, accumulation: int, validated: bool = True):
     """The settings as TRL takes them."""
     from trl import SFTConfig
 
@@ -133,10 +141,10 @@ def arguments(profile: params.Profile, checkpoints: Path, rows: int, accumulatio
         lr_scheduler_type=sft.lr_scheduler,
         weight_decay=sft.weight_decay,
         max_grad_norm=sft.max_grad_norm,
-        eval_strategy="steps",
+        eval_strategy="steps" if validated else "no",
         eval_steps=sft.eval_steps,
         save_steps=sft.eval_steps,
-        load_best_model_at_end=True,
+        load_best_model_at_end=validated,
         metric_for_best_model="eval_loss",
         logging_steps=25 if sft.eval_steps < 1 else min(sft.eval_steps, 25),
         bf16=profile.dtype == "bfloat16",
@@ -191,30 +199,30 @@ def write(
     columns = {"loss": "loss", "mean_token_accuracy": "token_accuracy", "learning_rate": "learning_rate"}
     write_curve("sft_train", history, columns)
     write_curve("sft_val", history, {"eval_loss": "loss", "eval_mean_token_accuracy": "token_accuracy"})
-    best = min((entry for entry in history if "eval_loss" in entry), key=lambda entry: entry["eval_loss"])
+    validations, last = [entry for entry in history if "eval_loss" in entry], trainer.state.global_step
+    best = min(validations, key=lambda entry: entry["eval_loss"], default={"step": last})
     metrics = {
-        "val_loss": best["eval_loss"],
-        "val_token_accuracy": best["eval_mean_token_accuracy"],
+        "val_loss": best.get("eval_loss"),
+        "val_token_accuracy": best.get("eval_mean_token_accuracy"),
         "best_step": best["step"],
-        "steps": trainer.state.global_step,
+        "steps": last,
         "rows_too_long": left_out,
     }
     write_metrics("sft", metrics)
-    taught, validated = (card.teachers(examples.survey(DATA[name], BASE, surveys[name]).teachers) for name in DATA)
+    tables = [card.teachers(examples.survey(DATA[name], BASE, survey).teachers) for name, survey in surveys.items()]
     sections = {
-        "Data": f"Trained on decisions of\n\n{taught}\n\nand validated, on other worlds, on\n\n{validated}",
+        "Data": "Trained on decisions of\n\n" + "\n\nand validated, on other worlds, on\n\n".join(tables),
         "Metrics": card.table(("metric", "value"), metrics.items()),
         "Settings": card.settings({"dtype": profile.dtype, "sft": profile.sft.model_dump(mode="json")}),
     }
-    asked = Jsonl(DATA["val"])[0]["messages"][:-1]
-    results = card.results({name: metrics[name] for name in ("val_loss", "val_token_accuracy")}, "held-out decisions")
+    asked = Jsonl(DATA[list(surveys)[-1]])[0]["messages"][:-1]
+    found = {name: metrics[name] for name in ("val_loss", "val_token_accuracy")} if validations else {}
+    results = card.results(found, "held-out decisions")
     with replacing(OUT) as out:
         trainer.model.save_pretrained(out, state_dict=weights)
         adapter.complete(out, OUT.name, processor, profile.student, asked, sections, results)
-    print(
-        f"sft: validation loss {best['eval_loss']:.3f} at step {best['step']} of {trainer.state.global_step}; "
-        f"{left_out} rows were too long, or their answers, and left out"
-    )
+    loss = f"validation loss {best['eval_loss']:.3f} at step {best['step']}" if validations else f"step {last}"
+    print(f"sft: {loss} of {last}; {left_out} rows were too long, or their answers, and left out")
 
 
 if __name__ == "__main__":

@@ -76,7 +76,7 @@ def main() -> None:
         "pictures": counts["pictures"],
         "characters": characters,
     }
-    if not train or not val:
+    if not train or (held_out and not val):
         why = "; ".join(f"{count} × {reason}" for reason, count in unplayable.most_common(3))
         raise WorkError(
             f"split: {train} train and {val} val rows are left; {counts['invalid']} replies were invalid, and "

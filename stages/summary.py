@@ -19,8 +19,8 @@ def main() -> None:
     summary = {
         "kept_decisions": filtered["decisions"]["kept"],
         "achievement_rate": {name: round(100 * row["achievement_rate"], 2) for name, row in benchmark.items()},
-        "sft_val_loss": round(sft["val_loss"], 4),
-        "sft_agreement": round(agreement(), 4),
+        "sft_val_loss": rounded(sft["val_loss"], 4),
+        "sft_agreement": rounded(agreement(), 4),
         "rl_held_out_reward": round(rl["held_out_best_reward"], 3),
     }
     write_metrics("summary", summary)
@@ -31,11 +31,15 @@ def read(name: str) -> dict:
     return json.loads(Path(f"metrics/{name}.json").read_text())
 
 
-def agreement() -> float:
-    """Share of held-out decisions in which the SFT student answers what the teacher did."""
+def rounded(value: float | None, digits: int) -> float | None:
+    return None if value is None else round(value, digits)
+
+
+def agreement() -> float | None:
+    """Share of held-out decisions in which the SFT student answers what the teacher did; None if none was held out."""
     with Path("metrics/plots/agreement.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    return sum(row["teacher"] == row["student"] for row in rows) / len(rows)
+    return sum(row["teacher"] == row["student"] for row in rows) / len(rows) if rows else None
 
 
 if __name__ == "__main__":

@@ -218,3 +218,17 @@ def test_filters_that_leave_nothing_say_which_and_what_would_help(ran):
         (ran / "params.yaml").write_bytes(original)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "min_achievements_per_episode" in done.stderr and "set filter." in done.stderr
+
+
+def test_without_validation_all_is_trained_on_and_the_last_adapter_is_kept(ran, tmp_path):
+    top, cache = checkout(tmp_path / "top", SMALL | {"split.val_fraction": 0}), tmp_path / "cache"
+    for folder in ("data", "models", "metrics"):
+        shutil.copytree(ran / folder, top / folder, dirs_exist_ok=True)
+    for name in ("settings", "split", "sft", "agreement", "summary", "report"):
+        stage(top, cache, f"stages/{name}.py")
+    assert not (top / "data/sft/val.jsonl").read_bytes()
+    metrics = json.loads((top / "metrics/sft.json").read_text())
+    assert metrics["val_loss"] is None and metrics["best_step"] == metrics["steps"] > 0
+    assert json.loads((top / "metrics/summary.json").read_text())["sft_agreement"] is None
+    card = (top / "models/sft/README.md").read_text()
+    assert "Trained on decisions of" in card and "validated" not in card

@@ -309,7 +309,8 @@ class Filter(Section):
 
 
 class Split(Section):
-    val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    val_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """The share of worlds that sft validates on. 0: none, and sft keeps the adapter of its last step."""
     random_seed: NonNegativeInt = 42
     shuffle: bool = True
     """Shuffle the training rows; otherwise they stand in the order of play."""

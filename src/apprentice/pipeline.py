@@ -77,8 +77,9 @@ def written(text: str) -> str:
 
 
 def room(path: Path) -> str:
-    """The room that a module is in."""
-    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+    """The room that a module is in; __main__ is the door to cli."""
+    first = path.relative_to(PACKAGE).with_suffix("").parts[0]
+    return "cli" if first == "__main__" else first
 
 
 def doors() -> dict[str, set[str]]:

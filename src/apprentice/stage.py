@@ -48,7 +48,7 @@ def _elsewhere() -> None:
         # checkout's, as the stage is.
         paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
         os.environ["PYTHONPATH"] = os.pathsep.join(paths)
-        os.execv(sys.executable, [sys.executable, "-m", "apprentice.cli", "launch", stage, *arguments])
+        os.execv(sys.executable, [sys.executable, "-m", "apprentice", "launch", stage, *arguments])
 
 
 def write_metrics(name: str, values: dict) -> None:

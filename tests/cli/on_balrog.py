@@ -27,7 +27,7 @@ def test_balrogs_evaluator_plays_the_student(tiny_folder, tmp_path):
     shutil.copytree(os.environ["BALROG"], theirs, ignore=shutil.ignore_patterns(".git", "results"))
     assert run(top, "export", "balrog", "--out", str(tmp_path / "agent")).returncode == 0
     shutil.copy(tmp_path / "agent/custom.py", theirs / "balrog/agents/custom.py")
-    command = [sys.executable, "-m", "apprentice.cli", "serve", "base", "--port", "0"]
+    command = [sys.executable, "-m", "apprentice", "serve", "base", "--port", "0"]
     serving = subprocess.Popen(command, cwd=top, stdout=subprocess.PIPE, text=True)
     try:
         url = serving.stdout.readline().split()[2]

@@ -264,7 +264,7 @@ def test_a_launcher_that_is_killed_leaves_the_lock_to_skypilot(checkout, tmp_pat
     )
     program.chmod(0o755)
     Path("compute.yaml").write_text("stages: {sft: {where: sky, lock: requirements.lock}}\n")
-    launcher = subprocess.Popen([sys.executable, "-m", "apprentice.cli", "launch", "sft"], cwd=checkout)
+    launcher = subprocess.Popen([sys.executable, "-m", "apprentice", "launch", "sft"], cwd=checkout)
     lock = tmp_path / "cache" / "launch" / f"{doing().name}.lock"
     try:
         until(lambda: (tmp_path / "begun").exists() or launcher.poll() is not None)

@@ -44,7 +44,7 @@ def address(top):
 @contextmanager
 def serving(top: Path, name: str):
     """The command, in a process of its own; gives its address."""
-    command = [sys.executable, "-m", "apprentice.cli", "serve", name, "--port", "0"]
+    command = [sys.executable, "-m", "apprentice", "serve", name, "--port", "0"]
     process = subprocess.Popen(command, cwd=top, env=os.environ, stdout=subprocess.PIPE, text=True)
     try:
         yield process.stdout.readline().split()[2]

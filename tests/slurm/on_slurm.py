@@ -186,10 +186,10 @@ def test_ctrl_c_leaves_it_running_and_a_rerun_follows_it(there):
     assert ended(there, process) != 0
     assert "goes on; run the same command again to follow it" in log(there)
     assert len(jobs()) == 1 and not (there / "models/sft").exists()
-    status = begin(there, "apprentice.cli", "launch", "--status")
+    status = begin(there, "apprentice", "launch", "--status")
     assert ended(there, status) == 0 and re.search(r"sft +(RUNNING|SUCCEEDED) +apprentice-sft-", log(there))
     shown = len(log(there))
-    logs = begin(there, "apprentice.cli", "launch", "sft", "--logs")
+    logs = begin(there, "apprentice", "launch", "sft", "--logs")
     until(there, logs, lambda: "Streaming logs" in log(there)[shown:])
     os.killpg(logs.pid, signal.SIGINT)
     logs.wait(60)
@@ -220,7 +220,7 @@ def test_moving_a_stage_reruns_nothing(there):
 def test_a_managed_job_is_planned(there):
     compute(there, managed=True, transfer="remote", checkpoints=str(SHARED), dirty=True)
     subprocess.run([sys.executable, "-m", "dvc", "remote", "add", "-d", "store", "s3://b"], cwd=there, check=True)
-    assert ended(there, begin(there, "apprentice.cli", "launch", "sft", "--plan")) == 0, log(there)[-5000:]
+    assert ended(there, begin(there, "apprentice", "launch", "sft", "--plan")) == 0, log(there)[-5000:]
     assert "Dryrun finished" in log(there)[-600:] and "autostop" not in log(there)[-3000:]
     compute(there)
 
@@ -229,22 +229,22 @@ def test_a_failing_stage_returns_its_code_and_its_log_and_another_uses_its_machi
     settings(there, max_length=1)
     committed(there)
     compute(there, machine="one", autostop_minutes=10)
-    assert ended(there, begin(there, "apprentice.cli", "launch", "sft")) == 1
+    assert ended(there, begin(there, "apprentice", "launch", "sft")) == 1
     said = log(there)
     assert "has no row of at most 1 tokens" in said and "ended with exit code 1" in said
     machines = jobs()
     assert len(machines) == 1 and machines[0].startswith("apprentice-one-")
 
-    assert ended(there, begin(there, "apprentice.cli", "launch", "agreement")) == 0, log(there)[-5000:]
+    assert ended(there, begin(there, "apprentice", "launch", "agreement")) == 0, log(there)[-5000:]
     assert (there / "metrics/plots/agreement.csv").exists() and jobs() == machines
-    assert ended(there, begin(there, "apprentice.cli", "launch", "agreement", "--stop")) == 0
-    assert ended(there, begin(there, "apprentice.cli", "launch", "--status")) == 0
+    assert ended(there, begin(there, "apprentice", "launch", "agreement", "--stop")) == 0
+    assert ended(there, begin(there, "apprentice", "launch", "--status")) == 0
     assert log(there).endswith("nothing is under way\n")
 
 
 def test_a_machine_without_the_gpus_is_taken_down(there):
     compute(there, environment=OFFLINE)  # without the word that they are rehearsed
-    assert ended(there, begin(there, "apprentice.cli", "launch", "sft")) == 1
+    assert ended(there, begin(there, "apprentice", "launch", "sft")) == 1
     assert "2 GPUs were asked for, and torch" in log(there) and "was taken down" in log(there)[-600:]
     assert not jobs()
 
@@ -253,7 +253,7 @@ def test_when_the_money_is_used_up_the_checkpoints_come_home(there):
     settings(there, max_length=512, learning_rate=1e-3, epochs=400)
     committed(there)
     compute(there, max_total_usd=0.3)  # two and a half minutes
-    assert ended(there, begin(there, "apprentice.cli", "launch", "sft")) == 1
+    assert ended(there, begin(there, "apprentice", "launch", "sft")) == 1
     assert "max_total_usd is used up" in log(there)[-600:] and not jobs()
     assert list((there.parent / "cache").glob("sft/*/checkpoint-*/whole.json"))
 
@@ -261,10 +261,10 @@ def test_when_the_money_is_used_up_the_checkpoints_come_home(there):
 def test_more_money_goes_on_from_them_until_it_is_stopped(there):
     compute(there)
     before = len(log(there))
-    process = begin(there, "apprentice.cli", "launch", "sft")
+    process = begin(there, "apprentice", "launch", "sft")
     until(there, process, lambda: re.search(r"\b[1-9]\d*/\d{4} \[", log(there)[before:]))
     assert not re.search(r"\b1/\d{4} \[", log(there)[before:]), "it began anew"
-    stop = begin(there, "apprentice.cli", "launch", "sft", "--stop")
+    stop = begin(there, "apprentice", "launch", "sft", "--stop")
     assert ended(there, stop) == 0 and ended(there, process) == 1, log(there)[before:]
 
 

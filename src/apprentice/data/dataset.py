@@ -11,11 +11,13 @@ from apprentice.files import replacing
 
 
 def held_out(achievements: dict[int, float], fraction: float, random_seed: int) -> set[int]:
-    """The seeds to validate on: this fraction of them, at least one, drawn evenly from good and bad ones.
+    """The seeds to validate on: this fraction of them, drawn evenly from good and bad ones; at least one, but for 0.
 
     achievements: mean number of achievements for each world seed. All episodes on a seed are on one side, because
     their frames are nearly the same. Raises ValueError with fewer than two seeds.
     """
+    if not fraction:
+        return set()
     if len(achievements) < 2:
         raise ValueError(f"{len(achievements)} seed(s) cannot be split: collect or keep at least two")
     generator = np.random.default_rng([random_seed, 5])

@@ -1,5 +1,0 @@
-"""python -m apprentice.cli: the command without its script."""
-
-from apprentice.cli import main
-
-main()
