@@ -41,7 +41,10 @@ inputs = processor.apply_chat_template(
 output = model.generate(**inputs, max_new_tokens=256, do_sample=True, temperature=1.0, top_p=1.0, top_k=0)
 reply = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 call = re.search("<tool_call>(.*?)</tool_call>", reply, re.DOTALL)
-print(json.loads(call[1])["arguments"]["actions"] if call else f"no call: {{reply}}")
+try:
+    print(json.loads(call[1])["arguments"]["actions"])
+except (TypeError, ValueError, KeyError):
+    print(f"no action: {{reply}}")
 """
 
 
