@@ -181,20 +181,25 @@ class Agent(Section):
         return self
 
 
-class Teacher(Agent):
-    seeds: Seeds
-    max_steps: Annotated[int, Field(ge=1, le=10_000)] = 200
-    """Environment steps after which an episode ends."""
-    explore: Fraction = 0.0
-    """Share of actions replaced by random ones when executed; the trace keeps the teacher's own as the label."""
+class Tutor(Agent):
+    """Who labels the student's own states, or plays as a teacher."""
+
     rationale: bool = False
-    """The expert says in a sentence what it is about to do; the text beside its tool call in the trace."""
+    """The expert says in a sentence what it is about to do; the text beside its tool call."""
 
     @model_validator(mode="after")
     def _has_reasons(self):
         if self.rationale and self.policy != "expert":
             raise ValueError(f"rationale: the policy {self.policy!r} has no reasons; remove it, or set policy: expert")
         return self
+
+
+class Teacher(Tutor):
+    seeds: Seeds
+    max_steps: Annotated[int, Field(ge=1, le=10_000)] = 200
+    """Environment steps after which an episode ends."""
+    explore: Fraction = 0.0
+    """Share of actions replaced by random ones when executed; the trace keeps the teacher's own as the label."""
 
 
 class Import(Section):
@@ -370,6 +375,53 @@ class Sft(Section):
         return self
 
 
+class Distill(Section):
+    """On-policy distillation: rounds of the student's own play, in which a teacher labels its states (DAgger).
+
+    A round trains on the labels of all rounds so far, all weighted alike, and on rows of sft.
+    """
+
+    rounds: NonNegativeInt
+    """0: none, and models/distill is models/sft."""
+    seeds: Seeds
+    """World seeds to play on, taken in order and again from the start when used up."""
+    worlds: PositiveInt
+    """Episodes a round, each on a world of its own."""
+    max_steps: Annotated[int, Field(ge=1, le=10_000)]
+    """Environment steps after which an episode ends."""
+    teacher: Tutor
+    """Who says what it would have done. A model behind an endpoint is paid for each of the student's decisions."""
+    teacher_share: Fraction = 0.0
+    """Share of the first round's decisions in which the teacher's answer is carried out, drawn one by one."""
+    teacher_decay: Fraction = 0.5
+    """Times this, from one round to the next."""
+    sft_share: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    """Share of a round's rows that come from data/sft/train.jsonl."""
+    steps: PositiveInt
+    """Optimizer steps a round."""
+    batch_size: PositiveInt = 32
+    """Rows an optimizer step, over all devices."""
+    micro_batch_size: PositiveInt = 16
+    """The most rows that a device takes at once; the number of devices and of accumulation steps follow."""
+    learning_rate: PositiveFloat = 2e-5
+    """The highest; the schedule falls over all rounds together."""
+    warmup_ratio: Fraction = 0.03
+    lr_scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "cosine"
+    weight_decay: NonNegativeFloat = 0.0
+    max_grad_norm: PositiveFloat = 1.0
+    gradient_checkpointing: bool = False
+    """Compute activations again instead of keeping them: less memory, a third more time."""
+    quantization: Literal["nf4"] | None = None
+    """Train on a base held in 4 bits (QLoRA, arXiv 2305.14314). It's played with the whole base."""
+    random_seed: NonNegativeInt = 0
+
+    @model_validator(mode="after")
+    def _worlds_of_their_own(self):
+        if self.worlds > len(self.seeds):
+            raise ValueError(f"worlds is {self.worlds}, and seeds are {len(self.seeds)}; name more seeds")
+        return self
+
+
 Achievement = Literal[
     "collect_coal", "collect_diamond", "collect_drink", "collect_iron", "collect_sapling", "collect_stone",
     "collect_wood", "defeat_skeleton", "defeat_zombie", "eat_cow", "eat_plant", "make_iron_pickaxe", "make_iron_sword",
@@ -533,6 +585,7 @@ class Profile(Section):
         Discriminator(_kind_of_student),
     ]
     sft: Sft
+    distill: Distill
     rl: Rl
 
 
@@ -631,7 +684,10 @@ class Params(Section):
                 )
         for name, teacher in self.teachers.items():
             _teachable(f"teachers.{name}", teacher, f"profiles.{self.profile}", self.active, self.split)
+        where = f"profiles.{self.profile}"
+        _teachable(f"{where}.distill.teacher", self.active.distill.teacher, where, self.active, self.split)
         uses = {f"teachers.{name}.seeds": teacher.seeds for name, teacher in self.teachers.items()}
+        uses[f"{where}.distill.seeds"] = self.active.distill.seeds
         uses[f"profiles.{self.profile}.rl.seeds"] = self.active.rl.seeds
         uses[f"profiles.{self.profile}.rl.evaluation.seeds"] = self.active.rl.evaluation.seeds
         if isinstance(self.active.student, TinyStudent):
@@ -651,7 +707,7 @@ class Params(Section):
         return self
 
 
-def _teachable(where: str, teacher: Teacher, student: str, profile: Profile, split: Split) -> None:
+def _teachable(where: str, teacher: Tutor, student: str, profile: Profile, split: Split) -> None:
     """Raise ValueError for a teacher whose replies the student's own play would not take."""
     asked, allowed = teacher.prompt.max_actions, profile.prompt.max_actions
     if asked > allowed:
@@ -728,7 +784,7 @@ def _checked(path: Path, tree: Any) -> Params:
     return checked(path, whole, Params, inherited)
 
 
-SECTIONS = ("prompt", "sampling", "student", "sft", "rl")
+SECTIONS = ("prompt", "sampling", "student", "sft", "distill", "rl")
 """What every profile names, if only as {}: dvc.yaml has a stage depend on the sections that it uses."""
 
 

@@ -119,7 +119,7 @@ class SelfPlay:
         Returns a call that gives the episodes. ahead: it's played meanwhile, by a sampler that can.
         """
         rl, sampling, accelerator = self.rl, self.profile.sampling, self.trainer.accelerator
-        ours, weights, ledger_name = purpose == "train", _digest(self._model), f"rl-{self.folder.name}"
+        ours, weights, ledger_name = purpose == "train", weights_digest(self._model), f"rl-{self.folder.name}"
         spec = Spec(
             seeds,
             rl.max_steps,
@@ -218,7 +218,7 @@ def _fulfil(future: Future, work: Callable[[], object]) -> None:
         future.set_exception(error)
 
 
-def _digest(model: PeftModel) -> str:
+def weights_digest(model: PeftModel) -> str:
     """A name for the adapter's weights."""
     hashed = hashlib.sha256()
     for name, weight in sorted(get_peft_model_state_dict(model, adapter_name="default").items()):
