@@ -114,7 +114,7 @@ def train(
     args = arguments(profile, folder, rows, accumulation)
     model, processor = loading.load(BASE, SFT, profile.dtype, trainable=True, quantization=distill.quantization)
     if servers:
-        probe = Probe(distill.seeds, profile.prompt, sampling.temperature or 1.0, profile.rl.max_sampler_mismatch)
+        probe = Probe(distill.seeds, profile.prompt, sampling.temperature or 1.0, distill.max_sampler_mismatch)
         sampler = VllmSampler(servers, processor, folder / "policies", probe, sampling.max_tokens, sleeping)
     else:
         sampler = InProcessSampler(loading.load(BASE, dtype=profile.dtype)[0], processor)

@@ -437,7 +437,7 @@ def test_reading_parameters_loads_nothing_heavy():
     assert not {"torch", "crafter", "transformers", "torchvision", "numba", "datasets"} & set(loaded)
 
 
-OWN = {"extends": "tiny", "prompt": {}, "sampling": {}, "student": {}, "sft": {}, "rl": {}}
+OWN = {"extends": "tiny", "prompt": {}, "sampling": {}, "student": {}, "sft": {}, "distill": {}, "rl": {}}
 
 
 def test_a_profile_has_what_it_does_not_name_from_the_one_that_it_extends(tmp_path):

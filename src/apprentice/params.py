@@ -413,6 +413,8 @@ class Distill(Section):
     """Compute activations again instead of keeping them: less memory, a third more time."""
     quantization: Literal["nf4"] | None = None
     """Train on a base held in 4 bits (QLoRA, arXiv 2305.14314). It's played with the whole base."""
+    max_sampler_mismatch: PositiveFloat = 0.1
+    """As rl has it, for a server that plays: it is tested before each round."""
     random_seed: NonNegativeInt = 0
 
     @model_validator(mode="after")
@@ -501,14 +503,15 @@ class Rl(Section):
     clip_low: PositiveFloat = 0.2
     clip_high: PositiveFloat = 0.2
     kl_coefficient: NonNegativeFloat = 0.1
-    """Weight of the KL divergence to the SFT policy. At 0.01 the form of the tiny student's tool call drifted."""
+    """Weight of the KL divergence to the policy at the start. With 0.01 the tiny student's form of a call drifted."""
     entropy_coefficient: float = 0.0
     """Weight of the mean entropy of a token, as a bonus; below 0 it's a price."""
     max_grad_norm: PositiveFloat = 1.0
     max_invalid_rate: Fraction = 0.3
     """Share of replies in an iteration's play that cannot be read; with more, training stops."""
     max_kl: PositiveFloat = 0.3
-    """KL divergence to the SFT policy, nats a token, mean of what an iteration trains on; with more, training stops."""
+    """KL divergence to the policy at the start, nats a token, mean of what an iteration trains on; with more, training
+    stops."""
     max_sampler_mismatch: PositiveFloat = 0.1
     """Distance of the sampler's log-probabilities from the trainer's for the same weights, nats a token; with more,
     training stops. bfloat16 on vLLM has about 0.01. A server is tested by it, too, before it plays."""

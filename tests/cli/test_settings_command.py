@@ -32,7 +32,7 @@ def test_every_setting_of_a_profile_stands_in_params_yaml_so_that_S_reaches_it(t
     for key in ("dtype", "prompt.inventory", "sft.weight_decay", "sft.zero.offload", "rl.reward.judge"):
         assert key in found
     for key, setting in found.items():
-        if key.split(".")[0] not in ("dtype", "prompt", "sampling", "student", "sft", "rl"):
+        if key.split(".")[0] not in ("dtype", "prompt", "sampling", "student", "sft", "distill", "rl"):
             continue
         assert setting["place"], f"{key} has no place"
         node, value = tree, whole.model_dump(mode="json")

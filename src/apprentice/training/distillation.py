@@ -35,8 +35,7 @@ from apprentice.players import chat, expert  # noqa: F401  what a scripted teach
 from apprentice.players.scripted import Scripted
 from apprentice.policy import Player, Policy, Turn
 from apprentice.training import devices, examples, rollouts
-from apprentice.training.sampler import Sampler
-from apprentice.training.self_play import weights_digest
+from apprentice.training.sampler import Sampler, weights_digest
 from apprentice.training.sft import SftTrainer
 from apprentice.workers import together
 
