@@ -30,6 +30,7 @@ SMALL = {
     "profiles.tiny.distill.worlds": 4,
     "profiles.tiny.distill.max_steps": 20,
     "profiles.tiny.distill.steps": 4,
+    "profiles.tiny.distill.teacher_share": 0.5,
     "profiles.tiny.rl.evaluation": {"seeds": "310000-310002", "every": 2},
     "profiles.tiny.rl.max_invalid_rate": 1.0,
     "profiles.tiny.rl.iterations": 3,

@@ -280,7 +280,7 @@ STUDENTS = {f"benchmark_student@{name}" for name in ("base", "sft", "distill", "
         ("profiles.tiny.rl.evaluation.seeds", "310000", {"import@others", "rl"}),
         ("profiles.tiny.student.random_seed", 1, {"student", "sft", "distill", "rl", "report"}),
         ("profiles.tiny.sft.learning_rate", 1e-3, {"sft", "distill"}),
-        ("profiles.tiny.distill.rounds", 1, {"distill"}),
+        ("profiles.tiny.distill.rounds", 2, {"distill"}),
         ("profiles.tiny.rl.learning_rate", 1e-4, {"rl"}),
         ("benchmark.max_steps", 100, {*AGENTS, *STUDENTS, "score", "report"}),
         ("benchmark.protocol", "balrog", {*AGENTS, *STUDENTS, "score", "report"}),

@@ -212,7 +212,7 @@ def test_1e_5_without_a_point_is_a_number(tmp_path):
         ),
         (
             {"profiles__tiny__distill__seeds": "400000-400001"},
-            ["profiles.tiny.distill: worlds is 32, and seeds are 2; name more seeds"],
+            ["profiles.tiny.distill: worlds is 64, and seeds are 2; name more seeds"],
         ),
         (
             {"profiles__tiny__distill__teacher": {"policy": "expert", "prompt": {"max_actions": 5}}},
