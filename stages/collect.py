@@ -45,7 +45,7 @@ def main(
     count = totals["episodes"]
     print(
         f"collect {name}: {count} episodes, {totals['decisions']} decisions ({totals['invalid']} invalid), "
-        f"{totals['steps'] / count:.0f} steps and {totals['unlocked'] / count:.1f} achievements an episode"
+        f"{totals['steps'] / count:.0f} steps and {totals['unlocked'] / count:.1f} achievements an episode, in {trace}"
     )
     write_metrics(f"cost/{name}", totals | cost(name, teacher, totals))
 

@@ -56,7 +56,7 @@ def main() -> None:
     shaping = {name: getattr(profile, name).model_dump(mode="json") for name in ("prompt", "sampling")}
     shaping["distill"] = distill.model_dump(mode="json", exclude={"teacher": {"endpoint"}})
     shaping["endpoint"] = tutor.endpoint and tutor.endpoint.asked
-    shaping["inputs"] = inputs = [digest(path) for path in (BASE, SFT, DATA)]
+    shaping["inputs"] = inputs = [digest(path, without="README.md") for path in (BASE, SFT, DATA)]
     shaping |= {
         "dtype": profile.dtype,
         "max_length": profile.sft.max_length,
@@ -65,7 +65,7 @@ def main() -> None:
     serving = compute.load().vllm
     plan = vllm.plan(serving, gpus.names(), training=True)
     ranks, rows, accumulation = devices.layout(distill.batch_size, distill.micro_batch_size, on=plan.training)
-    made_by = code(__file__, afterwards=("student.adapter",))  # which writes the model card
+    made_by = code(__file__, afterwards=("student.adapter", "student.card"))
     folder = cache_folder() / "distill" / fingerprint(**shaping, code=made_by)
     known = fingerprint(rows=inputs[2], base=inputs[0], code=code(examples.__file__))
     examples.survey(DATA, BASE, known)
@@ -206,8 +206,9 @@ def write(
     profile: params.Profile,
 ) -> None:
     """The adapter with its card, curves and metrics. surveys: of each round's rows."""
+    from apprentice.data.dataset import Jsonl
     from apprentice.files import replacing
-    from apprentice.student import adapter
+    from apprentice.student import adapter, card
 
     distill, rounds = profile.distill, practice.rounds()
     metrics = {
@@ -222,17 +223,19 @@ def write(
     write_plot("distill", ROUND, [[row[name] for name in ROUND] for row in rounds])
     columns = {"loss": "loss", "mean_token_accuracy": "token_accuracy", "learning_rate": "learning_rate"}
     write_curve("distill_train", trainer.state.log_history, columns)
-    taught = adapter.teachers([teacher for survey in surveys for teacher in survey.teachers])
+    taught = card.teachers([teacher for survey in surveys for teacher in survey.teachers])
     settings = distill.model_dump(mode="json", exclude={"seeds"})  # hundreds
     sections = {
-        "Data": f"{adapter.section(SFT, 'Data')}\n\nThen, in {distill.rounds} rounds, on its own states, labelled "
+        "Data": f"{card.section(SFT, 'Data')}\n\nThen, in {distill.rounds} rounds, on its own states, labelled "
         f"by\n\n{taught}",
-        "Metrics": adapter.table(ROUND, [[row[name] for name in ROUND] for row in rounds]),
-        "Settings": adapter.settings({"dtype": profile.dtype, "distill": settings}),
+        "Metrics": card.table(ROUND, [[row[name] for name in ROUND] for row in rounds]),
+        "Settings": card.settings({"dtype": profile.dtype, "distill": settings}),
     }
+    asked = Jsonl(DATA)[0]["messages"][:-1]
+    results = card.results({"agreement": rounds[-1]["agreement"]}, "its own decisions")
     with replacing(OUT) as out:
         trainer.accelerator.unwrap_model(trainer.model).save_pretrained(out)
-        adapter.complete(out, OUT.name, processor, profile.student, sections)
+        adapter.complete(out, OUT.name, processor, profile.student, asked, sections, results)
     first, last = rounds[0], rounds[-1]
     print(
         f"distill: {metrics['rows']} labels of {metrics['decisions']} own decisions in {distill.rounds} rounds; the "

@@ -57,8 +57,10 @@ def main() -> None:
     write_metrics("teachers", teachers)
     write_metrics("cost", {"teachers": costs, "judge_usd": judge.spent(settings.judge) if judging else 0.0})
     show(teachers)
-    kept, read = funnel.decisions["kept"], funnel.decisions["read"]
-    print(f"filter: kept {funnel.episodes['kept']} of {funnel.episodes['read']} episodes, {kept} of {read} decisions")
+    for what, counts in (("episodes", funnel.episodes), ("decisions", funnel.decisions)):
+        for reason, count in counts.items():
+            print(f"filter: {count:7} {what} {reason if reason in ('read', 'kept') else f'dropped by {reason}'}")
+    print("filter: in data/filtered.parquet; metrics/filter.json and metrics/teachers.json have the figures")
 
 
 def show(teachers: dict) -> None:

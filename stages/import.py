@@ -1,4 +1,4 @@
-"""import: the decisions of others, OpenAI-format JSONL with pictures, become one more trace beside the teachers'.
+"""import: the decisions of others, OpenAI-format JSONL or a trace, become one more trace beside the teachers'.
 
     dvc repro import@NAME        or: python stages/import.py NAME
 
@@ -22,7 +22,8 @@ def main(name: str) -> None:
     if name not in settings.imports:
         known = ", ".join(settings.imports) or "nothing"
         raise ConfigError(f"params.yaml: imports has no {name!r}; known there: {known}")
-    path = Path(settings.imports[name].file)
+    source = settings.imports[name]
+    path = Path(source.file)
     if not path.is_file():
         raise ConfigError(f"params.yaml: imports.{name}.file: there is no file {path}")
 
@@ -30,7 +31,7 @@ def main(name: str) -> None:
     from apprentice.data import imports
 
     report = imports.Report()
-    episodes = imports.read(path, name, report, settings.held_out)
+    episodes = imports.read(path, name, report, settings.held_out, source.tools)
     try:
         store.write(Path(f"data/traces/{name}.parquet"), episodes)
     except imports.NothingUsable as error:

@@ -52,13 +52,13 @@ def main() -> None:
     if judge:
         shaping["judge"] = judge.model_dump(mode="json", include={"outcome", "events"})
         shaping["judge"]["endpoint"] = judge.endpoint.asked
-    shaping["inputs"] = [digest(folder) for folder in (BASE, START)]
+    shaping["inputs"] = [digest(folder, without="README.md") for folder in (BASE, START)]
     serving = compute.load().vllm
     plan = vllm.plan(serving, gpus.names(), training=True)
     ranks, rows, accumulation = devices.layout(rl.batch_size, rl.micro_batch_size, on=plan.training)
     if rl.zero.stage:
         shaping["ranks"] = ranks  # each has its part of a checkpoint
-    made_by = code(__file__, afterwards=("student.adapter",))  # which writes the model card
+    made_by = code(__file__, afterwards=("student.adapter", "student.card"))
     folder = cache_folder() / "rl" / fingerprint(**shaping, dtype=profile.dtype, code=made_by)
     relief = f"What helps, in this order, under profiles.{settings.profile}.rl: micro_batch_size, zero.stage: 2"
     with vllm.Servers(plan, serving, BASE, profile.dtype, [START]) as students:
@@ -252,6 +252,8 @@ def write(
 
 
 def write_plots(history: list[dict], held_out: list[dict], rl: params.Rl) -> None:
+    from apprentice.world.observation import ACTIONS
+
     judged = ("judge_score", "judge_missing") if rl.reward.judge else ()
     played = ("reward", "achievements", "length", "invalid_rate", "steps_per_second", *judged)
     write_curve("rl", history, {name: name for name in played})
@@ -259,11 +261,9 @@ def write_plots(history: list[dict], held_out: list[dict], rl: params.Rl) -> Non
     trained |= {"staleness": "staleness"} | ({"kl": "kl"} if rl.kl_coefficient else {})
     write_curve("rl_training", history, trained)
     write_plot("rl_held_out", list(held_out[0]), [list(row.values()) for row in held_out])
+    # In their own order: a checkpoint sorts the names.
     actions = (
-        [iteration, key.removeprefix("action/"), share]
-        for iteration, entry in enumerate(history)
-        for key, share in entry.items()
-        if key.startswith("action/")
+        [iteration, action, entry[f"action/{action}"]] for iteration, entry in enumerate(history) for action in ACTIONS
     )
     write_plot("rl_actions", ["iteration", "action", "share"], actions)
 
@@ -285,19 +285,24 @@ def write_card(
     folder: Path, processor: "Qwen3VLProcessor", profile: params.Profile, iterations: int, metrics: dict
 ) -> None:
     """Make the adapter's folder complete: processor, model card."""
-    from apprentice.student import adapter
+    from apprentice import prompt
+    from apprentice.student import adapter, card
+    from apprentice.world.world import World
 
     rl = profile.rl
     shown = {"prompt": profile.prompt, "sampling": profile.sampling, "rl": rl}
     seeds = {"seeds": True, "evaluation": {"seeds"}}  # hundreds
     settings = {name: section.model_dump(mode="json", exclude=seeds) for name, section in shown.items()}
     sections = {
-        "Data": f"{adapter.section(START, 'Data')}\n\nThen {iterations} iterations on its own play, "
+        "Data": f"{card.section(START, 'Data')}\n\nThen {iterations} iterations on its own play, "
         f"{rl.groups * rl.group_size} episodes each, of worlds from {rl.seeds[0]} on.",
-        "Metrics": adapter.table(("metric", "value"), metrics.items()),
-        "Settings": adapter.settings({"dtype": profile.dtype, **settings}),
+        "Metrics": card.table(("metric", "value"), metrics.items()),
+        "Settings": card.settings({"dtype": profile.dtype, **settings}),
     }
-    adapter.complete(folder, OUT.name, processor, profile.student, sections)
+    asked = prompt.messages(World(rl.evaluation.seeds[0]).reset(), profile.prompt)
+    best = {name: metrics[f"held_out_best_{name}"] for name in ("achievements", "reward")}
+    results = card.results(best, "held-out worlds")
+    adapter.complete(folder, OUT.name, processor, profile.student, asked, sections, results)
 
 
 if __name__ == "__main__":

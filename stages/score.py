@@ -28,7 +28,8 @@ def main() -> None:
     played = {name: score.summaries(store.columns(file, columns)) for name, file in files.items()}
     scores = {name: score.score(episodes, benchmark.bootstrap_samples) for name, episodes in played.items()}
     differences = score.compare_all(played, benchmark.bootstrap_samples)
-    warnings = score.warnings(scores, differences)
+    otherwise = [f"not by BALROG's rules: {what}" for what in settings.departures]
+    warnings = otherwise + score.warnings(scores, differences)
     intervals = {name: score.intervals(episodes, benchmark.bootstrap_samples) for name, episodes in played.items()}
     write_metrics("benchmark", scores)
     write_metrics("differences", differences)

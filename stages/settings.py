@@ -30,6 +30,8 @@ def main() -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
     print(f"settings: {OUT}, of the profile {settings.profile}")
+    for what in settings.departures:
+        print(f"note: not by BALROG's rules: {what}")
 
 
 def parts(settings: params.Params) -> dict[str, Any]:
@@ -44,7 +46,11 @@ def parts(settings: params.Params) -> dict[str, Any]:
         **{f"agents/{name}": value for name, value in whole["benchmark"]["agents"].items()},
         "benchmark/seeds": benchmark.seeds,
         "benchmark/rules": {"steps": benchmark.steps, "opening": benchmark.opening},
-        "benchmark/compared": {"names": benchmark.names, "bootstrap_samples": benchmark.bootstrap_samples},
+        "benchmark/compared": {
+            "names": benchmark.names,
+            "bootstrap_samples": benchmark.bootstrap_samples,
+            "departures": settings.departures,
+        },
         "held_out": settings.held_out,
         "student/answers": {"max_tokens": settings.active.sampling.max_tokens},
         "sources": [*whole["teachers"], *whole["imports"]],

@@ -39,8 +39,8 @@ def main() -> None:
     from apprentice.training import devices, memory
 
     adapter.check_targets(BASE, sft.lora, f"params.yaml: {where}.sft.lora")
-    inputs = {name: digest(path) for name, path in {**DATA, "base": BASE}.items()}
-    made_by = code(__file__, afterwards=("student.adapter",))  # which writes the model card
+    inputs = {name: digest(path) for name, path in DATA.items()} | {"base": digest(BASE, without="README.md")}
+    made_by = code(__file__, afterwards=("student.adapter", "student.card"))
     surveys = {name: fingerprint(rows=inputs[name], base=inputs["base"], code=made_by) for name in DATA}
     left_out = sum(too_long(name, surveys[name], profile, where) for name in DATA)
     ranks, rows, accumulation = devices.layout(sft.batch_size, sft.micro_batch_size)
@@ -182,8 +182,9 @@ def write(
     left_out: int,
 ) -> None:
     """The adapter with its card, curves and metrics."""
+    from apprentice.data.dataset import Jsonl
     from apprentice.files import replacing
-    from apprentice.student import adapter
+    from apprentice.student import adapter, card
     from apprentice.training import examples
 
     history = trainer.state.log_history
@@ -199,15 +200,17 @@ def write(
         "rows_too_long": left_out,
     }
     write_metrics("sft", metrics)
-    taught, validated = (adapter.teachers(examples.survey(DATA[name], BASE, surveys[name]).teachers) for name in DATA)
+    taught, validated = (card.teachers(examples.survey(DATA[name], BASE, surveys[name]).teachers) for name in DATA)
     sections = {
         "Data": f"Trained on decisions of\n\n{taught}\n\nand validated, on other worlds, on\n\n{validated}",
-        "Metrics": adapter.table(("metric", "value"), metrics.items()),
-        "Settings": adapter.settings({"dtype": profile.dtype, "sft": profile.sft.model_dump(mode="json")}),
+        "Metrics": card.table(("metric", "value"), metrics.items()),
+        "Settings": card.settings({"dtype": profile.dtype, "sft": profile.sft.model_dump(mode="json")}),
     }
+    asked = Jsonl(DATA["val"])[0]["messages"][:-1]
+    results = card.results({name: metrics[name] for name in ("val_loss", "val_token_accuracy")}, "held-out decisions")
     with replacing(OUT) as out:
         trainer.model.save_pretrained(out, state_dict=weights)
-        adapter.complete(out, OUT.name, processor, profile.student, sections)
+        adapter.complete(out, OUT.name, processor, profile.student, asked, sections, results)
     print(
         f"sft: validation loss {best['eval_loss']:.3f} at step {best['step']} of {trainer.state.global_step}; "
         f"{left_out} rows were too long, or their answers, and left out"

@@ -56,6 +56,7 @@ def main() -> None:
                     characters += chat_rows.characters(row["messages"])
                     counts["pictures"] += row["metadata"]["has_image"]
                     counts["imported"] += episode.imported
+                    counts["no_picture"] += episode.imported and not row["metadata"]["has_image"]
                     counts["other_prompt"] += row["messages"][0]["content"] != system
                     yield row
 
@@ -68,6 +69,7 @@ def main() -> None:
         "val_seeds": len(held_out),
         "imported_rows": counts["imported"],
         "imported_rows_with_another_system_prompt": counts["other_prompt"],
+        "imported_rows_without_picture": counts["no_picture"],
         "invalid_left_out": counts["invalid"],
         "unplayable_left_out": unplayable.total(),
         "pictures": counts["pictures"],
@@ -83,7 +85,8 @@ def main() -> None:
     write_metrics("split", metrics)
     print(
         f"split: {metrics['episodes']} episodes, {train + val} decisions, {train} train and {val} val rows, "
-        f"about {characters / 4 / 1e6:.2f} M tokens of text (4 characters each) and {counts['pictures']} pictures"
+        f"about {characters / 4 / 1e6:.2f} M tokens of text (4 characters each) and {counts['pictures']} pictures, "
+        "in data/sft/train.jsonl and data/sft/val.jsonl"
     )
     if unplayable:
         reason, count = unplayable.most_common(1)[0]
@@ -91,6 +94,8 @@ def main() -> None:
             f"split: {unplayable.total()} replies are left out, which the student's own play would not take: {count} × "
             f"{reason}"
         )
+    if counts["no_picture"] and shown_with.mode != "text":
+        print(f"split: {counts['no_picture']} imported rows have no picture, which the student will be asked with")
     if counts["other_prompt"]:
         print(
             f"split: {counts['other_prompt']} imported rows have another system prompt than the one that the student "

@@ -44,6 +44,7 @@ def tiny(settings: params.Params, folder: Path) -> dict:
     from apprentice.workers import in_processes
 
     student, shown_with = settings.active.student, settings.active.prompt
+    assert isinstance(student, params.TinyStudent)
     options = student.pretraining
     calls = [(seed, options.frames_per_seed) for seed in options.seeds]
     played = in_processes(pretraining.frames, calls)
@@ -63,12 +64,37 @@ def tiny(settings: params.Params, folder: Path) -> dict:
         pretraining.pretrain(model, processor, shown_with, seen, options, student.random_seed, progress)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
-    return {
-        "parameters": model.num_parameters(),
-        "vocabulary": len(tokens),
-        "frames": len(seen),
-        **pretraining.sight(model, processor, shown_with, held_out),
+    sight = pretraining.sight(model, processor, shown_with, held_out)
+    metrics = {"parameters": model.num_parameters(), "vocabulary": len(tokens), "frames": len(seen), **sight}
+    write_card(folder, student, shown_with, metrics, sight)
+    return metrics
+
+
+def write_card(
+    folder: Path, student: params.TinyStudent, shown_with: params.Prompt, metrics: dict, sight: dict[str, float]
+) -> None:
+    """README.md. A model of the hub has its own."""
+    from apprentice import prompt
+    from apprentice.student import card
+    from apprentice.world.world import World
+
+    options = student.pretraining
+    asked = prompt.messages(World(options.seeds[0]).reset(), shown_with)
+    about = (
+        "A Qwen3-VL with small numbers that sees [Crafter](https://github.com/danijar/crafter) and calls the tool "
+        "`act` in form, with any action: it cannot play yet. Made by the stage `student` of apprentice; the commit is "
+        "the one whose dvc.lock has this folder."
+    )
+    sections = {
+        "Use": f"{card.use(folder, BASE.name, asked)}\n\n{card.served(str(BASE))}",
+        "Data": f"Frames of noisy play, of worlds {options.seeds[4]} to {options.seeds[-1]}: what is in each cell, "
+        "and a random action as the reply.",
+        "Metrics": card.table(("metric", "value"), metrics.items()),
+        "Settings": card.settings({"student": student.model_dump(mode="json", exclude={"pretraining": {"seeds"}})}),
+        "Made with": card.versions("torch", "transformers"),
     }
+    metadata = {"license": "mit", "library_name": "transformers"}
+    card.write(folder, BASE.name, about, sections, metadata, card.results(sight, "frames of held-out worlds"))
 
 
 if __name__ == "__main__":

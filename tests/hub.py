@@ -57,6 +57,7 @@ def write(folder: Path, shown: Prompt) -> None:
         "video_preprocessor_config": PICTURES | {"video_processor_type": "Qwen3VLVideoProcessor"},
         "generation_config": GENERATION,
     }
+    (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\nQwen's own card.\n")
     for name, content in files.items():
         (folder / f"{name}.json").write_text(json.dumps(content))
 

@@ -30,7 +30,8 @@ from apprentice.play import Spec, play
 from apprentice.players.scripted import Scripted
 from apprentice.workers import cores
 
-KILLS = 2
+KILLS, TRIES = 2, 6
+"""How often each stage is killed, and how often at most it may be at its end before, after which it begins anew."""
 COMMANDS = (
     "settings", "collect expert", "collect paid", "import others", "filter", "split", "student", "sft", "distill", "rl",
     "agreement", "benchmark expert", "benchmark_student sft", "score", "summary", "report",
@@ -98,14 +99,18 @@ def campaign(folder: Path, pipeline: Pipeline, command: str, seed: int) -> Count
     top = folder / command.replace(" ", "-")
     shutil.copytree(pipeline.top, top)
     cache, outs, files = folder / f"{top.name}-cache", outs_of(top, command), names(top)
-    for out in outs:
-        shutil.rmtree(top / out) if (top / out).is_dir() else (top / out).unlink()
     before, counts, under_way = len(pipeline.server.requests), Counter(kills=0), 0
-    for _ in range(KILLS):
+    remove(top, outs)
+    longest = pipeline.seconds[command]
+    while counts["kills"] < KILLS and counts["ends before a kill"] < TRIES:
         process = start(top, cache, command)
         try:
-            process.wait(draw.uniform(0.1, 1) * pipeline.seconds[command])
+            assert process.wait(draw.uniform(0.1, 1) * longest) == 0
             counts["ends before a kill"] += 1
+            longest *= 0.6
+            remove(top, outs)
+            shutil.rmtree(cache, ignore_errors=True)
+            before, under_way = len(pipeline.server.requests), 0
         except subprocess.TimeoutExpired:
             counts["kills"] += 1
             children = psutil.Process(process.pid).children(recursive=True)
@@ -134,6 +139,12 @@ def campaign(folder: Path, pipeline: Pipeline, command: str, seed: int) -> Count
     print(f"{command}: {', '.join(f'{count} {what}' for what, count in counts.items())}", flush=True)
     shutil.rmtree(top)
     return counts
+
+
+def remove(top: Path, outs: list[str]) -> None:
+    """As DVC does before it runs a stage."""
+    for out in outs:
+        shutil.rmtree(top / out) if (top / out).is_dir() else (top / out).unlink(missing_ok=True)
 
 
 def start(top: Path, cache: Path, command: str) -> subprocess.Popen:

@@ -109,7 +109,7 @@ def test_a_player_brings_nothing_that_its_stage_does_not_depend_on(policy):
 SHAPED = {
     "collect": {"world/terrain.py", "world/png.py", "play.py", "store.py", "prompt.py"},
     "split": {"data/chat_rows.py", "data/dataset.py", "prompt.py"},
-    "sft": {"training/sft.py", "training/examples.py", "student/encoding.py", "student/adapter.py"},
+    "sft": {"training/sft.py", "training/examples.py", "student/encoding.py", "student/card.py"},
     "distill": {"training/distillation.py", "training/sft.py", "training/rollouts.py", "players/expert.py", "play.py"},
     "rl": {"training/rl.py", "training/self_play.py", "training/advantages.py", "serving/vllm.py", "world/rules.py"},
     "report": {f"results/report.{kind}" for kind in ("py", "html", "css", "js")} | {"results/published.yaml"},
@@ -163,7 +163,7 @@ def test_checkpoints_are_lost_to_an_edit_of_what_shapes_them_and_to_no_other(mon
     monkeypatch.setattr(fingerprint, "digest", lambda path: "edited" if path in edited else digest(path))
     files = [path for path in PACKAGE.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
     for name in ("sft", "distill", "rl"):
-        stage, afterwards = ROOT / f"stages/{name}.py", ("student.adapter",)
+        stage, afterwards = ROOT / f"stages/{name}.py", ("student.adapter", "student.card")
         shaped, before = shaping(stage, (), afterwards)[0], code(stage, (), afterwards)
         assert len(shaped) < len(files) / 2
         for path in files:

@@ -42,6 +42,7 @@ OF = {
 }
 """The extra with which a module, or all that lie below it, has to work: the longest name that fits counts."""
 LAZY = {
+    "apprentice.cli.balrog_agent": {"balrog"},  # copied into BALROG, never imported here
     "apprentice.student.torchvision_operators": {"torch"},  # acts only where torchvision is about to be imported
     "tests": {"starlette", "vllm", "openenv", "sky", "boto3"},  # targets with environments of their own
 }
@@ -54,7 +55,9 @@ UNIMPORTED = {
     "torchvision": "Transformers imports it for processors",
 }
 """Declared and never imported here, with who uses it."""
-LOCAL = {path.stem for folder in ("tests", "stages", "benchmarks") for path in (ROOT / folder).rglob("*.py")}
+LOCAL = {
+    path.stem for folder in ("tests", "stages", "benchmarks", "examples") for path in (ROOT / folder).rglob("*.py")
+}
 LOCAL |= {"apprentice", "stages"}
 
 

@@ -151,10 +151,6 @@ def test_1e_5_without_a_point_is_a_number(tmp_path):
         ({"benchmark__protocol": "atari"}, ["benchmark.protocol", "'balrog'"]),
         ({"benchmark__protocol": "balrog", "benchmark__max_steps": 2001}, ["benchmark: max_steps is 2001", "2000"]),
         ({"benchmark__protocol": "balrog", "benchmark__seeds": "200000-200008"}, ["seeds are 9", "10 episodes"]),
-        (
-            {"benchmark__protocol": "balrog", "profiles__tiny__sampling__temperature": 0.7},
-            ["profiles.tiny.sampling.temperature is 0.7", "balrog plays at 1.0"],
-        ),
         ({"benchmark__protocol": "crafter", "benchmark__max_steps": 200}, ["protocol crafter has 10000"]),
         ({"profiles__tiny__rl__learning_rate": float("nan")}, ["profiles.tiny.rl.learning_rate: ", "nan"]),
         ({"benchmark": REMOVED}, ["benchmark: is required"]),
@@ -187,6 +183,18 @@ def test_1e_5_without_a_point_is_a_number(tmp_path):
         (
             {"profiles__tiny__rl__batch_size": 64, "profiles__tiny__rl__decisions": 20},
             ["profiles.tiny.rl: decisions (20)", "write 64"],
+        ),
+        (
+            {"imports": {"friends": {"file": "a.jsonl", "tools": {"wait": {"action": "noop", "argument": "x"}}}}},
+            ["imports.friends.tools.wait: action is for a tool that is one action"],
+        ),
+        (
+            {"imports": {"theirs": {"file": "a.parquet", "tools": {"wait": {"action": "noop"}}}}},
+            ["imports.theirs: tools: in a trace the replies are read already"],
+        ),
+        (
+            {"imports": {"friends": {"file": "a.jsonl", "tools": {"move": {"names": {"left": "left"}}}}}},
+            ["imports.friends.tools.move.names.left", "move_left"],
         ),
         (
             {"teachers__expert__policy": "random", "teachers__expert__rationale": True},
@@ -424,6 +432,27 @@ def test_without_a_file_the_error_says_where_to_run(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="run from the top of the checkout") as raised:
         params.load()
     assert str(tmp_path) in str(raised.value)
+
+
+def test_what_departs_from_balrogs_rules_is_said_and_allowed(tmp_path):
+    asked = {
+        "policy": "chat",
+        "prompt": {"mode": "text", "max_actions": 5},
+        "endpoint": {"model": "m", "api_key_env": None},
+    }
+    asked["endpoint"]["temperature"] = 0.0
+    changes = {"benchmark__protocol": "balrog", "benchmark__agents": {"api": asked}}
+    student = {"benchmark__max_steps": 500, "profiles__tiny__sampling__temperature": 0.7}
+    quick = changed(tmp_path, **student)
+    assert params.load(quick).departures == ()
+    assert params.load(changed(tmp_path, benchmark__protocol="balrog")).departures == ()
+    said = params.load(changed(tmp_path, **changes, **student)).departures
+    assert [words.partition(",")[0] for words in said] == [
+        "benchmark.max_steps is 500",
+        "profiles.tiny.sampling.temperature is 0.7",
+        "benchmark.agents.api.prompt.max_actions is 5",
+        "benchmark.agents.api.endpoint.temperature is 0.0",
+    ]
 
 
 @pytest.mark.parametrize("file", STAGES, ids=lambda file: file.stem)

@@ -35,10 +35,13 @@ def remove(path: Path) -> None:
     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
 
 
-def digest(path: Path) -> str:
-    """The SHA-256 of a file, or of all files of a folder with their names."""
+def digest(path: Path, without: str = "") -> str:
+    """The SHA-256 of a file, or of all files of a folder with their names, but for those named `without`: a model's
+    card, README.md, shapes nothing that the model does.
+    """
     hashed = hashlib.sha256()
-    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    inside = path.rglob("*") if path.is_dir() else [path]
+    files = sorted(file for file in inside if file.is_file() and file.name != without)
     for file in files:
         hashed.update(f"{file.relative_to(path)}\0{file.stat().st_size}\0".encode())
         with file.open("rb") as data:

@@ -123,6 +123,9 @@ class Endpoint(Section):
     max_tokens_field: Literal["max_completion_tokens", "max_tokens"] = "max_completion_tokens"
     """How the endpoint calls that: OpenAI's newer models know only the first, some servers only the second."""
     tool_choice: Literal["auto", "required", "none"] | dict[str, Any] | None = None
+    use_tools: bool = True
+    """false for an endpoint that takes no tools: the system prompt says how a call is written as text, and it's read
+    from there."""
     extra_body: dict[str, Any] = {}
     """Further keys of the request, for example chat_template_kwargs for vLLM."""
 
@@ -146,10 +149,12 @@ class Endpoint(Section):
     def asked(self) -> dict[str, Any]:
         """What changes a reply, JSON-able: part of the name of what was played with it."""
         run = {"api_key_env", "price", "max_cost_usd", "concurrency", "timeout", "max_retries", "max_failure_rate"}
-        return self.model_dump(mode="json", exclude=run)
+        return self.model_dump(mode="json", exclude=run | ({"use_tools"} if self.use_tools else set()))
 
     @model_validator(mode="after")
     def _possible(self):
+        if self.tool_choice is not None and not self.use_tools:
+            raise ValueError("tool_choice does nothing with use_tools: false; remove one of them")
         ours = {"messages", "tools", "stream", "n", "max_completion_tokens", *type(self).model_fields}
         if ours := ours & self.extra_body.keys():
             raise ValueError(f"extra_body may not hold {', '.join(sorted(ours))}: that's set elsewhere, or not at all")
@@ -202,11 +207,50 @@ class Teacher(Tutor):
     """Share of actions replaced by random ones when executed; the trace keeps the teacher's own as the label."""
 
 
+Action = Literal[
+    "noop", "move_left", "move_right", "move_up", "move_down", "do", "sleep", "place_stone", "place_table",
+    "place_furnace", "place_plant", "make_wood_pickaxe", "make_stone_pickaxe", "make_iron_pickaxe", "make_wood_sword",
+    "make_stone_sword", "make_iron_sword",
+]  # fmt: skip
+"""Crafter's, all of them."""
+
+
+class Tool(Section):
+    """What a call of somebody else's tool means."""
+
+    argument: Annotated[str, Field(min_length=1)] = "actions"
+    """Its argument that names an action, or has a list of such names."""
+    names: dict[str, Action] = {}
+    """Its names of actions → Crafter's. A name that isn't here has to be Crafter's own."""
+    action: Action | None = None
+    """The action that each of its calls is, whatever the arguments: for a tool as `wait()`."""
+
+    @model_validator(mode="after")
+    def _is_one_of_both(self):
+        if self.action and {"argument", "names"} & self.model_fields_set:
+            raise ValueError("action is for a tool that is one action; leave out argument and names, or action")
+        return self
+
+
 class Import(Section):
     """Somebody else's decisions, beside the teachers' own."""
 
     file: Annotated[str, Field(min_length=1)]
-    """JSONL in OpenAI's chat form, pictures as data: URLs, replies that call the tool `act`; see imports.py."""
+    """JSONL in OpenAI's chat form, pictures as data: URLs, replies that call the tool `act`; see imports.py. Or a trace
+    of another checkout, one of its data/traces/*.parquet: it comes with all that is known of each episode."""
+    tools: dict[str, Tool] = {}
+    """For replies that call other tools. `interact_many: {}` is our `act` under another name, and `move: {argument:
+    direction, names: {left: move_left, right: move_right}}` takes the direction for the action."""
+
+    @property
+    def is_trace(self) -> bool:
+        return Path(self.file).suffix == ".parquet"
+
+    @model_validator(mode="after")
+    def _has_tools_to_read(self):
+        if self.tools and self.is_trace:
+            raise ValueError("tools: in a trace the replies are read already; leave tools out")
+        return self
 
 
 class Criterion(Section):
@@ -600,7 +644,8 @@ class Benchmark(Section):
 
     protocol: Literal["quick", "balrog", "crafter"] = "quick"
     """quick: 200 steps, or as many as you like, on as many worlds as you like. balrog (arXiv 2411.13543): 10 episodes
-    or more, at most 2,000 steps, temperature 1.0, and a noop before the first decision that isn't counted. crafter
+    or more, at most 2,000 steps, and a noop before the first decision that isn't counted; fewer steps, several actions
+    a reply and a temperature other than 1.0 are said with the result, which isn't by BALROG's rules then. crafter
     (arXiv 2109.06780): 10,000 steps, as for the published Crafter scores."""
     seeds: Seeds
     max_steps: Annotated[int, Field(ge=1, le=10_000)] | None = None
@@ -663,6 +708,30 @@ class Params(Section):
         """World seeds that nothing may be learnt from: others' decisions on them are left out."""
         return (*self.benchmark.seeds, *self.active.rl.evaluation.seeds)
 
+    @property
+    def departures(self) -> tuple[str, ...]:
+        """What is played otherwise than BALROG's evaluator does, where protocol balrog is asked for."""
+        benchmark, profile = self.benchmark, f"profiles.{self.profile}"
+        if benchmark.protocol != "balrog":
+            return ()
+        played = (self.active.prompt, f"{profile}.sampling", self.active.sampling)
+        asked: dict[str, tuple[Prompt, str, Sampling | Endpoint]] = {profile: played} if benchmark.students else {}
+        for name, agent in benchmark.agents.items():
+            if agent.endpoint:
+                place = f"benchmark.agents.{name}"
+                asked |= {place: (agent.prompt, f"{place}.endpoint", agent.endpoint)}
+        found = []
+        if benchmark.steps < _PROTOCOL_STEPS["balrog"]:
+            found.append(f"benchmark.max_steps is {benchmark.steps}, where BALROG has 2000")
+        for place, (shown, drawn, sampling) in asked.items():
+            if shown.max_actions > 1:
+                found.append(f"{place}.prompt.max_actions is {shown.max_actions}, where BALROG asks for each action")
+            if sampling.temperature != 1.0:
+                own = "null, the endpoint's own" if sampling.temperature is None else sampling.temperature
+                since = "where BALROG's evaluator has 1.0 since 2025-03; its results of 2024 are at 0.0"
+                found.append(f"{drawn}.temperature is {own}, {since}")
+        return tuple(found)
+
     @model_validator(mode="after")
     def _consistent(self):
         if self.profile not in self.profiles:
@@ -697,16 +766,6 @@ class Params(Section):
             uses[f"profiles.{self.profile}.student.pretraining.seeds"] = self.active.student.pretraining.seeds
         uses["benchmark.seeds"] = self.benchmark.seeds
         _disjoint(uses)
-        if self.benchmark.protocol == "balrog":
-            drawn = {f"profiles.{self.profile}.sampling": self.active.sampling} if self.benchmark.students else {}
-            for name, agent in self.benchmark.agents.items():
-                drawn |= {f"benchmark.agents.{name}.endpoint": agent.endpoint} if agent.endpoint else {}
-            for key, section in drawn.items():
-                if section.temperature != 1.0:
-                    raise ValueError(
-                        f"{key}.temperature is {section.temperature}, and protocol balrog plays at 1.0; "
-                        "set it to 1.0, or benchmark.protocol to quick"
-                    )
         return self
 
 
@@ -758,7 +817,8 @@ def with_imports(files: dict[str, str], path: Path = PATH) -> str:
     tree = yaml.load(path.read_text())
     sources = tree.setdefault("imports", CommentedMap())
     sources.fa.set_flow_style()
-    sources.update({name: {"file": file} for name, file in files.items()})
+    for name, file in files.items():
+        sources.setdefault(name, CommentedMap())["file"] = file
     yaml.dump(tree, text)
     _checked(path, parsed(path, text.getvalue()))
     return text.getvalue()

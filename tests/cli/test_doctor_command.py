@@ -61,6 +61,26 @@ def test_what_would_stop_dvc_repro_is_broken(folder):
     assert found["checkout"]["state"] == "broken"
 
 
+def test_a_model_of_the_hub_needs_gpus_and_the_hub(folder, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    text = (folder / "params.yaml").read_text()
+    (folder / "params.yaml").write_text(text.replace("profile: tiny", "profile: qwen2b", 1))
+    with Server([Answer("", status=404)]) as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.url.removesuffix("/v1"))
+        found = findings(folder, 1)
+    assert found["GPU"]["state"] == found["student"]["state"] == "broken"
+    assert "Qwen/Qwen3-VL-2B-Instruct" in found["student"]["found"]
+
+    stages = {
+        key: {"where": "sky", "accelerators": "H200:1"} for key in ("sft", "rl", "agreement", "benchmark_student")
+    }
+    (folder / "compute.yaml").write_text(json.dumps({"stages": stages}))
+    (folder / "models/base").mkdir(parents=True)
+    (folder / "models/base/config.json").touch()
+    found = findings(folder)
+    assert found["GPU"]["state"] == "gap" and "student" not in found
+
+
 def test_other_packages_than_the_locks_are_named(folder):
     (folder / "requirements.lock").write_text("# ours\nnosuchpackage==1\npillow==0.1\n")
     found = findings(folder)["packages"]

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from ruamel.yaml import YAML
 
@@ -203,6 +205,9 @@ def test_imported_lines_are_rows_to_train_on(settings, tmp_path):
     after = lines(settings(imports={"friends": {"file": str(tmp_path / "chats.jsonl")}}))
     assert after["import@friends"]["decisions"] == 10_000
     assert after["sft"]["decisions"] - before == pytest.approx(10_000 * rates()["kept"]["share"] * 0.9, abs=1)
+    pq.write_table(pa.table({"step": range(500)}), tmp_path / "theirs.parquet")
+    after = lines(settings(imports={"theirs": {"file": str(tmp_path / "theirs.parquet")}}))
+    assert after["import@theirs"]["decisions"] == 500
     gone = lines(settings(imports={"friends": {"file": "gone.jsonl"}}))
     assert gone["import@friends"]["decisions"] is None and "cannot be read" in gone["import@friends"]["how"]
 

@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +19,13 @@ from apprentice import params, prompt, store
 from apprentice.data import chat_rows, imports
 from apprentice.data.filters import Funnel, select
 from apprentice.data.imports import NothingUsable, Report, read
-from apprentice.params import Filter, Prompt
+from apprentice.episode import Episode, Given, Reply, Step
+from apprentice.params import Filter, Prompt, Tool
 from apprentice.pipeline import ROOT
 from apprentice.play import Spec, play
 from apprentice.players.scripted import Scripted
 from apprentice.student import encoding
-from apprentice.world import png
+from apprentice.world import ACTIONS, png
 
 SHOWN = Prompt(mode="text+image", history=2)
 yaml = YAML(typ="safe")
@@ -72,7 +74,7 @@ def test_what_we_export_comes_back_as_it_was_and_in_order(rows, tmp_path):
     store.write(tmp_path / "trace.parquet", episodes)
     kept = list(select(store.read(tmp_path / "trace.parquet"), Filter(deduplicate=False), Funnel()))
     assert report.lines == {"read": len(rows)}
-    assert report.decisions == {"read": len(rows), "kept": len(rows)}
+    assert report.decisions == {"read": len(rows), "usable": len(rows)}
     again = [chat_rows.row(episode, step, Prompt()) for episode in kept for step in episode.steps]
 
     def place(row):
@@ -117,7 +119,7 @@ def test_every_assistant_turn_of_a_long_chat_is_a_decision_shown_what_came_right
         prompt.answer(["sleep"]),
     ]
     episodes, report = imported(write(tmp_path / "rows.jsonl", {"messages": chat}))
-    assert report.decisions == {"read": 3, "kept": 3}
+    assert report.decisions == {"read": 3, "usable": 3}
     (episode,) = episodes
     system, image = {"role": "system", "content": "Play."}, {"type": "image"}
     texts = [{"type": "text", "text": text} for text in ("one", "you moved", "two")]
@@ -236,6 +238,8 @@ DECISIONS = [
     (shown(picture(animated("webp"))), "an animated picture"),
     (shown({"type": "image", "image": "pictures/0.png"}), "a picture by address"),
     (shown({"type": "image", "image": {"path": "pictures/0.png", "bytes": None}}), "a picture by address"),
+    *((shown(picture(empty)), "an empty picture URL") for empty in ("", " ", "data:image/png;base64,", "data:")),
+    (shown({"type": "image_url", "image_url": ""}), "an empty picture URL"),
     (shown({"type": "image"}), NO_PICTURE),
     ({"messages": [{"role": "user", "content": "<image>\nlook"}, NOOP]}, NO_PICTURE),
     ({"messages": [user("<|vision_start|><|image_pad|><|vision_end|>look"), NOOP]}, NO_PICTURE),
@@ -264,7 +268,7 @@ REPLIES = [
 def test_a_line_that_cannot_be_used_is_counted_with_its_reason(tmp_path, line, reason):
     episodes, report = imported(write(tmp_path / "rows.jsonl", line, b"", GOOD), held_out=[200_000])
     assert report.lines == {"read": 2, reason: 1}
-    assert report.decisions == {"read": 1, "kept": 1}
+    assert report.decisions == {"read": 1, "usable": 1}
     assert len(episodes) == 1
 
 
@@ -272,14 +276,14 @@ def test_a_line_that_cannot_be_used_is_counted_with_its_reason(tmp_path, line, r
 def test_a_decision_that_cannot_be_used_is_counted_and_the_rest_of_the_chat_is_kept(tmp_path, line, reason):
     more = {"messages": [*line["messages"], user("then"), NOOP]}
     episodes, report = imported(write(tmp_path / "rows.jsonl", more))
-    assert report.decisions == {"read": 2, reason: 1, "kept": 1}
+    assert report.decisions == {"read": 2, reason: 1, "usable": 1}
     assert [step.observation.messages[-1] for step in episodes[0].steps] == [user("then")]
 
 
 def test_a_decision_under_an_odd_system_prompt_falls_alone(tmp_path):
     odd = [{"role": "system", "content": [picture(url())]}, user("then"), NOOP]
     episodes, report = imported(write(tmp_path / "rows.jsonl", {"messages": [*GOOD["messages"], *odd]}))
-    assert report.decisions == {"read": 2, "a role or content of an unknown kind": 1, "kept": 1}
+    assert report.decisions == {"read": 2, "a role or content of an unknown kind": 1, "usable": 1}
     assert episodes[0].steps[0].observation.messages == (user("grass", {"type": "image"}),)
 
 
@@ -412,7 +416,7 @@ def test_a_seed_that_is_missing_is_none(tmp_path, seed):
 def test_episodes_whose_ids_differ_late_stay_different(tmp_path):
     lines = [GOOD | {"metadata": {"episode_id": "x" * 300 + end, "step": 0}} for end in "ab"]
     episodes, report = imported(write(tmp_path / "rows.jsonl", *lines))
-    assert report.decisions == {"read": 2, "kept": 2}
+    assert report.decisions == {"read": 2, "usable": 2}
     assert len({episode.id for episode in episodes}) == 2 and all(len(episode.id) < 220 for episode in episodes)
 
 
@@ -420,10 +424,161 @@ def test_episodes_whose_ids_differ_late_stay_different(tmp_path):
 def test_an_unreadable_reply_is_kept_as_invalid_and_falls_in_the_filter(tmp_path, reply, reason):
     episodes, report = imported(write(tmp_path / "rows.jsonl", GOOD, {"messages": [user("look"), reply]}))
     assert report.invalid == {reason: 1}
+    assert report.decisions == {"read": 2, "usable": 1, "unreadable": 1}
     funnel = Funnel()
     assert len(list(select(episodes, Filter(), funnel))) == 1
     assert funnel.decisions["require_valid_tool_calls"] == 1
     assert funnel.teachers["friends"].as_dict(None)["invalid_rate"] == 0.5
+
+
+def test_usable_decisions_without_a_picture_are_counted(tmp_path):
+    lines = [GOOD, {"messages": [user("look"), NOOP]}, {"messages": [user("look"), REPLIES[0][0]]}]
+    _, report = imported(write(tmp_path / "rows.jsonl", *lines))
+    assert report.pictures == {"with": 1, "without": 1}
+    said = imports.summary(report)
+    assert said == (
+        "2 usable decisions from 3 lines; 1 of them without a picture; unreadable replies: 1 × no tool call"
+    )
+
+
+def call(name: str, arguments: object) -> dict:
+    """A reply with one call, the arguments as the text that they are in OpenAI's form."""
+    text = arguments if isinstance(arguments, str) else json.dumps(arguments)
+    return {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": name, "arguments": text}}]}
+
+
+def hermes(name: str, arguments: object) -> str:
+    return f"<tool_call>{json.dumps({'name': name, 'arguments': arguments})}</tool_call>"
+
+
+WAYS = {"left": "move_left", "right": "move_right", "0": "noop"}
+TOOLS = {
+    "interact_many": Tool(),
+    "move": Tool(argument="direction", names=WAYS),
+    "wait": Tool(action="noop"),
+}
+TWO = {"role": "assistant", "tool_calls": [*call("move", {"direction": "left"})["tool_calls"], *NOOP["tool_calls"]]}
+BROKEN = {"role": "assistant", "tool_calls": [*TWO["tool_calls"], *call("move", "{")["tool_calls"]]}
+
+
+@pytest.mark.parametrize(
+    ("reply", "actions", "why"),
+    [
+        (call("interact_many", {"actions": ["do", "move_up"], "reasoning": "wood"}), ("do", "move_up"), ""),
+        (call("interact_many", {"actions": "do"}), ("do",), ""),
+        (call("move", {"direction": "left"}), ("move_left",), ""),
+        (call("move", {"direction": ["left", "right"]}), ("move_left", "move_right"), ""),
+        (call("move", {"direction": "sleep"}), ("sleep",), ""),  # Crafter's own name
+        (call("move", {"direction": 0}), ("noop",), ""),
+        (call("wait", ""), ("noop",), ""),
+        (call("move", ""), (), "the arguments are not valid JSON"),
+        (call("wait", {}), ("noop",), ""),
+        ({"role": "assistant", "content": "So: " + hermes("move", {"direction": "right"})}, ("move_right",), ""),
+        ({"role": "assistant", "function_call": {"name": "wait", "arguments": "{}"}}, ("noop",), ""),
+        ({"role": "assistant", "content": [{"type": "tool_use", "name": "wait", "input": {}}]}, ("noop",), ""),
+        (NOOP, ("noop",), ""),
+        (TWO, ("move_left", "noop"), ""),
+        (BROKEN, (), "the arguments are not valid JSON"),
+        ({"role": "assistant", "content": hermes("wait", {}) + "<tool_call>{"}, (), "the tool call is not valid JSON"),
+        (
+            {"role": "assistant", "tool_calls": [None, {"function": {"name": ["wait"]}}]},
+            (),
+            "the tool call has no name",
+        ),
+        (call("move", {"direction": "up"}), (), "unknown action 'up'"),
+        (call("move", {"direction": 1}), (), "an action that is not a text"),
+        (call("move", {"way": "left"}), (), "the arguments have no list of actions"),
+        (call("move", ["left"]), (), "the arguments have no list of actions"),
+        (call("interact_many", {"actions": ["do"] * 21}), (), "21 actions asked for, at most 20 allowed"),
+        (call("dance", {}), (), "unknown tool 'dance'"),
+    ],
+)
+def test_calls_of_others_tools_are_read_as_the_settings_say(tmp_path, reply, actions, why):
+    path = write(tmp_path / "rows.jsonl", {"messages": [user("look"), reply, user("then"), NOOP]})
+    (episode,), report = imported(path, tools=TOOLS)
+    first, second = episode.steps
+    assert (first.asked, first.invalid) == (actions, why) and second.step == max(1, len(actions))
+    assert report.decisions["unreadable"] == bool(why)
+    assert chat_rows.row(episode, second, SHOWN)["messages"][-1] == NOOP
+
+
+def test_tools_that_nobody_explained_are_named_with_what_to_write(tmp_path):
+    replies = [call(f"tool_{number}", {}) for number in range(30)]
+    path = write(tmp_path / "rows.jsonl", *({"messages": [user("look"), reply]} for reply in replies), GOOD)
+    _, report = imported(path)
+    assert report.invalid == {"unknown tool": 30} and len(report.tools) == 10
+    assert "unreadable replies: 30 × unknown tool (tool_0, tool_1" in imports.summary(report)
+    write(path, {"messages": [user("look"), call("interact_many", {"actions": ["do"]})]})
+    with pytest.raises(NothingUsable, match=r"imports: \{friends: \{file: .*, tools: \{interact_many: \{\}\}\}\}"):
+        imported(path)
+
+
+@pytest.fixture(scope="module")
+def trace(tmp_path_factory) -> Path:
+    """What `collect` of another checkout wrote."""
+    path = tmp_path_factory.mktemp("theirs") / "expert.parquet"
+    store.write(path, play(Scripted("expert"), Spec(range(3), 40, SHOWN)))
+    return path
+
+
+def test_a_trace_of_another_checkout_comes_with_all_that_is_known(trace):
+    theirs = list(store.read(trace))
+    episodes, report = imported(trace)
+    assert report.decisions == {"read": 120, "usable": 120} and report.pictures == {"with": 120}
+    assert [episode.id for episode in episodes] == [f"friends-{episode.id}" for episode in theirs]
+    columns = [store.to_table(episode).drop_columns(["episode_id", "agent"]) for episode in (*episodes, *theirs)]
+    assert columns[:3] == columns[3:]
+    funnel = Funnel()
+    kept = list(select(episodes, Filter(min_achievements_per_episode=1), funnel))
+    assert kept and funnel.teachers["friends"].as_dict(None)["achievements_mean"] > 1
+    row = chat_rows.row(kept[0], kept[0].steps[0], Prompt(mode="text"))  # shown as our student is
+    assert row["messages"] == chat_rows.row(theirs[0], theirs[0].steps[0], Prompt(mode="text"))["messages"]
+
+
+def test_what_cannot_be_used_of_a_trace_is_counted(trace, tmp_path):
+    one, two, three = store.read(trace)
+    odd = [
+        one,
+        replace(two, prompt='{"mode": "smell"}'),
+        replace(two, steps=(damaged(two.steps[0], view=np.full((7, 9), 255, np.uint8)),)),
+        replace(two, steps=(damaged(two.steps[0], png=b"no picture"),)),
+        replace(two, steps=(damaged(two.steps[0], png=png.encode(np.zeros((8, 8, 3), np.uint8))),)),
+        three,
+    ]
+    store.write(tmp_path / "odd.parquet", (replace(e, name=f"{n}") for n, e in enumerate(odd)))
+    episodes, report = imported(tmp_path / "odd.parquet", held_out=[three.seed])
+    assert [episode.seed for episode in episodes] == [one.seed]
+    assert report.lines == {"read": 123, KEPT: 40}
+    assert report.decisions == {"read": 83, "usable": 40, "no decision as this version records them": 43}
+    given = replace(GIVEN, name="5", agent="expert")
+    broken = replace(given, name="6", steps=(damaged(given.steps[0], messages=({"role": "user", "content": [{}]},)),))
+    store.write(tmp_path / "given.parquet", [given, broken])
+    episodes, report = imported(tmp_path / "given.parquet")
+    assert [episode.imported for episode in episodes] == [True]
+    assert report.decisions == {"read": 2, "usable": 1, "no decision as this version records them": 1}
+    twice = [one, two, one]
+    store.write(tmp_path / "twice.parquet", twice)
+    episodes, report = imported(tmp_path / "twice.parquet")
+    assert len(episodes) == 2 and report.decisions["the same episode and step again"] == 40
+
+
+STEP = Step(0, (), Given((user("look"),), None), Reply(NOOP), ("noop",), "", ("noop",), 0.0, 0, (), False, False)
+GIVEN = Episode("friends", None, (STEP,))
+
+
+def damaged(step, **columns):
+    return replace(step, observation=replace(step.observation, **columns))
+
+
+def test_what_is_no_trace_is_a_sentence(trace, tmp_path):
+    data = trace.read_bytes()
+    (tmp_path / "text.parquet").write_bytes(b"hello")
+    (tmp_path / "cut.parquet").write_bytes(data[: len(data) // 2])
+    (tmp_path / "flipped.parquet").write_bytes(data[:4] + bytes(3000) + data[3004:])
+    store.pq.write_table(store.pq.read_table(trace).drop_columns(["view"]), tmp_path / "other.parquet")
+    for name, said in (("text", "no trace"), ("cut", "no trace"), ("flipped", "damaged"), ("other", "other columns")):
+        with pytest.raises(NothingUsable, match=said):
+            imported(tmp_path / f"{name}.parquet")
 
 
 def test_a_line_of_any_length_is_left_out_in_little_memory(tmp_path, monkeypatch):
@@ -441,7 +596,7 @@ def test_random_damage_never_crashes(rows, tmp_path):
         for _ in range(generator.choice([1, 3, 30])):
             line[generator.randrange(len(line))] = generator.choice(b'{}[]",:0a\x00\xff')
     _, report = imported(write(tmp_path / "rows.jsonl", GOOD, *map(bytes, lines)))
-    assert report.decisions["kept"] >= 1
+    assert report.decisions["usable"] >= 1
     left_out = sum(n for name, n in report.lines.items() if name != "read")
     assert report.lines["read"] == left_out + report.decisions["read"]
     assert report.decisions["read"] == sum(n for name, n in report.decisions.items() if name != "read")
@@ -449,7 +604,7 @@ def test_random_damage_never_crashes(rows, tmp_path):
 
 def test_the_same_line_twice_is_one_decision(rows, tmp_path):
     _, report = imported(write(tmp_path / "rows.jsonl", *rows[:5], *rows[:5]))
-    assert report.decisions == {"read": 10, "kept": 5, "the same episode and step again": 5}
+    assert report.decisions == {"read": 10, "usable": 5, "the same episode and step again": 5}
 
 
 def test_one_episode_is_on_one_world(rows, tmp_path):
@@ -464,7 +619,7 @@ def test_one_episode_is_on_one_world(rows, tmp_path):
         ([], ["the file is empty"]),
         ([b"x", b"y", {"messages": []}], ["2 times because: not JSON", "write one JSON object a line"]),
         ([shown(picture("https://example.org/a.png"))], ["a picture by address", "data: URLs"]),
-        ([{"messages": [user("look"), REPLIES[2][0]]}], ["unknown tool", "call the tool act with"]),
+        ([{"messages": [user("look"), REPLIES[1][0]]}], ["unknown action", "call the tool act with"]),
     ],
     ids=range(4),
 )
@@ -544,6 +699,50 @@ def test_an_import_is_filtered_and_split_beside_the_teachers(rows, checkout):
     assert not {row["seed"] for row in split["train"]} & {row["seed"] for row in split["val"]}
     assert sum(row["seed"] is None for row in split["train"]) == 1  # never validated on
     assert metrics["pictures"] == sum(row["has_image"] for rows in split.values() for row in rows)
+
+
+def test_a_trace_of_another_checkout_is_filtered_and_split_as_our_own(trace, checkout):
+    (checkout / "theirs").mkdir()
+    (checkout / "theirs/expert.parquet").write_bytes(trace.read_bytes())
+    done = apprentice(checkout, "import", "theirs/expert.parquet", "--name", "theirs")
+    assert done.returncode == 0 and "theirs: 120 usable decisions from 120 lines" in done.stdout, done.stderr
+    stage(checkout, "collect", "expert")
+    stage(checkout, "import", "theirs")
+    stage(checkout, "filter")
+    teachers = json.loads((checkout / "metrics/teachers.json").read_text())
+    assert teachers["theirs"]["achievements_mean"] > 1 and teachers["theirs"]["cost_usd"] is None
+    stage(checkout, "split")
+    rows = [json.loads(line) for name in ("train", "val") for line in (checkout / f"data/sft/{name}.jsonl").open()]
+    assert {row["metadata"]["teacher"] for row in rows} == {"expert", "theirs"}
+    assert len({row["messages"][0]["content"] for row in rows}) == 1  # all shown as our student is
+    metrics = json.loads((checkout / "metrics/split.json").read_text())
+    assert metrics["imported_rows"] == metrics["imported_rows_without_picture"] == 0
+
+
+def test_a_mapping_of_tools_stays_when_the_file_is_imported_again_and_the_stage_uses_it(rows, checkout):
+    reply = call("interact_many", {"actions": ["do"]})
+    others = [row | {"messages": [*row["messages"][:-1], reply]} for row in rows]
+    write(checkout / "friends.jsonl", *others, {"messages": [user("look"), reply]})
+    done = apprentice(checkout, "import", "friends.jsonl")
+    assert done.returncode == 1 and "tools: {interact_many: {}}" in done.stderr
+    text = (checkout / "params.yaml").read_text()
+    explained = "imports: {friends: {file: friends.jsonl, tools: {interact_many: {}}}}"
+    (checkout / "params.yaml").write_text(text.replace("imports: {}", explained))
+    done = apprentice(checkout, "import", "friends.jsonl")
+    assert done.returncode == 0, done.stderr
+    assert "the student of profile tiny plays by the picture, which those lack" in done.stdout
+    assert explained in (checkout / "params.yaml").read_text()
+    stage(checkout, "import", "friends")
+    counted = json.loads((checkout / "metrics/imports/friends.json").read_text())
+    assert counted["decisions"] == {"read": len(rows) + 1, "usable": len(rows) + 1}
+    stage(checkout, "collect", "expert")
+    stage(checkout, "filter")
+    assert "1 imported rows have no picture" in stage(checkout, "split")
+    assert json.loads((checkout / "metrics/split.json").read_text())["imported_rows_without_picture"] == 1
+
+
+def test_every_action_can_be_named():
+    assert params.Action.__args__ == ACTIONS
 
 
 def test_an_invalid_reply_that_the_filter_keeps_is_still_no_row_to_learn(rows, checkout):
@@ -645,11 +844,13 @@ def test_imported_rows_with_other_pictures_or_none_train_with_ours(rows, tiny, t
         (["good.jsonl", "bad.jsonl", "--name", "x"], 2, "one by one"),
         (["good.jsonl", "bad.jsonl"], 1, "write one JSON object a line"),
         (["data/sft/train.jsonl"], 2, "copy it to another folder"),
+        (["cut.parquet"], 1, "cut.parquet is damaged, or no trace"),
     ],
 )
 def test_what_cannot_be_imported_is_one_sentence_and_changes_nothing(checkout, arguments, code, said):
     write(checkout / "good.jsonl", GOOD)
     write(checkout / "bad.jsonl", b"rubbish")
+    write(checkout / "cut.parquet", b"PAR1")
     (checkout / "data/sft").mkdir(parents=True)
     write(checkout / "data/sft/train.jsonl", GOOD)
     before = (checkout / "params.yaml").read_bytes()

@@ -65,6 +65,37 @@ def test_vectors_of_it_can_be_made():
     assert seen.shape == (2, 72, 72, 3) and (seen[0] == World(1).reset().image).all()
 
 
+@pytest.mark.parametrize("action", [-1, 17, 1.5, "noop", np.array([3]), None])
+def test_an_action_outside_of_the_space_is_an_error_and_changes_nothing(action):
+    environment = gymnasium.make(NAME).unwrapped
+    environment.reset(seed=1)
+    with pytest.raises(ValueError, match="actions are integers from 0 to 16: noop, move_left"):
+        environment.step(action)
+    assert environment.step(np.int64(16))[4]["steps"] == 1
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ({"max_steps": 0}, "max_steps is 0; it must be a whole number from 1 on"),
+        ({"size": 17}, "size is 17; it must be a whole number from 18 on"),
+        ({"size": 64.0}, "size is 64.0"),
+        ({"render_size": 0}, "render_size is 0"),
+        ({"observation": "pixels"}, "it can be 'image' or 'dict'"),
+    ],
+)
+def test_a_wrong_setting_is_said_when_it_is_made(setting, words):
+    with pytest.raises(ValueError, match=words):
+        gymnasium.make(NAME, **setting)
+
+
+def test_a_seed_may_have_more_than_31_bits():
+    seeds = (1, 2**31, 2**32 + 1, 2**64 + 1)
+    worlds = [gymnasium.make(NAME).reset(seed=seed) for seed in seeds]
+    assert [info["seed"] for _, info in worlds] == list(seeds)
+    assert len({seen.tobytes() for seen, _ in worlds}) == len(seeds)
+
+
 def in_a_new_process(code: str) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -24,12 +24,14 @@ from endpoint import Answer, Server, call, completion, playing
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
+from apprentice import params
 from apprentice.environment import guard
 from apprentice.environment.messages import Busy, NoSuchSession
 from apprentice.environment.sessions import Sessions
 from apprentice.params import Prompt
 from apprentice.play import Spec, play
 from apprentice.players.scripted import Scripted
+from apprentice.serving import in_process
 from apprentice.world import ACTIONS, World, png
 
 KEY = "a key of this test, no secret".replace(" ", "-")
@@ -49,7 +51,7 @@ def serving(folder: Path, *arguments: str, port: int = 0, **environment: str):
         yield line.split()[2] if line else "", process
     finally:
         process.send_signal(signal.SIGINT)
-        process.wait(20)
+        process.wait(60)
         process.stdout.close()
 
 
@@ -95,7 +97,15 @@ def test_health_and_info_say_what_there_is(server):
     url, _ = server
     assert httpx2.get(f"{url}/health").json() == {"status": "healthy"}
     info = httpx2.get(f"{url}/info").json()
-    assert info["actions"] == list(ACTIONS) and info["policies"] == ["random", "noop", "expert", "api"]
+    assert info["actions"] == list(ACTIONS) and info["policies"] == [
+        "random",
+        "noop",
+        "expert",
+        "base",
+        "sft",
+        "rl",
+        "api",
+    ]
     assert httpx2.get(f"{url}/schema").json()["action"]["properties"]["action"]["enum"] == list(ACTIONS)
     assert httpx2.get(f"{url}/metadata").json()["name"] == "crafter"
 
@@ -107,11 +117,12 @@ def test_an_episode_by_websocket_is_that_of_the_world(server):
         async with connect(ws(server[0])) as socket:
             answer = await ask(socket, "reset", seed=11, max_steps=40, episode_id="mine")
             assert answer["type"] == "observation" and answer["data"]["reward"] is None
-            generator = np.random.default_rng(0)
+            generator, steps = np.random.default_rng(0), -1
             while True:
                 seen = answer["data"]["observation"]
                 assert (picture(answer["data"]) == expected.image).all()
                 assert seen["vitals"] == expected.vitals and seen["text"].startswith("health")
+                assert (seen["seed"], seen["step"]) == (11, steps := steps + 1)
                 if world.done:
                     break
                 action = ACTIONS[generator.integers(17)]
@@ -175,6 +186,45 @@ def test_the_same_by_plain_http(server):
         assert http.delete(f"/sessions/{name}").status_code == 204
         gone = http.post(f"/sessions/{name}/step", json={"action": {"action": "noop"}})
         assert gone.status_code == 404 and "POST /sessions" in gone.json()["detail"]
+
+
+def rpc(http, method: str, **params) -> dict:
+    body = {"jsonrpc": "2.0", "id": 5, "method": method, "params": params}
+    answer = http.post("/mcp", json=body).json()
+    assert answer["jsonrpc"] == "2.0" and answer["id"] == 5
+    return answer
+
+
+def test_a_tool_call_by_mcp_moves_the_session_that_a_websocket_resets(server):
+    world = World(5, max_steps=4)
+    world.reset()
+    with httpx2.Client(base_url=server[0], timeout=30) as http:
+        name = rpc(http, "openenv/session/create")["result"]["session_id"]
+        act = {"name": "act", "session_id": name}
+        early = rpc(http, "tools/call", arguments={"actions": ["noop"]}, **act)["result"]
+        assert early["isError"] and "reset first" in early["content"][0]["text"]
+
+        async def reset():
+            async with connect(f"{ws(server[0])}?session_id={name}") as socket:
+                await ask(socket, "reset", seed=5, max_steps=4)
+
+        asyncio.run(reset())
+        [tool] = rpc(http, "tools/list", session_id=name)["result"]["tools"]
+        assert tool["name"] == "act" and tool["inputSchema"]["required"] == ["actions"]
+        outcomes = [world.step(action) for action in ("move_left", "do")]
+        found = rpc(http, "tools/call", arguments={"actions": ["move_left", "do"]}, **act)["result"]
+        assert not found["isError"] and found["structuredContent"]["reward"] == sum(one.reward for one in outcomes)
+        shown = png.decode(base64.b64decode(found["content"][1]["data"]))
+        assert (shown == outcomes[-1].observation.image).all()
+        wrong = rpc(http, "tools/call", arguments={"actions": ["fly"]}, **act)["result"]
+        assert wrong["isError"] and "unknown action 'fly'" in wrong["content"][0]["text"]
+        last = rpc(http, "tools/call", arguments={"actions": ["noop"] * 9}, **act)["result"]["structuredContent"]
+        assert last["done"] and last["observation"]["step"] == 4
+        assert rpc(http, "openenv/session/close", session_id=name)["result"]["closed"]
+        assert rpc(http, "tools/call", arguments={"actions": ["noop"]}, **act)["error"]["code"] == -32602
+        assert rpc(http, "reset")["error"]["code"] == -32601
+        assert http.post("/mcp", json={}).json()["error"]["code"] == -32600
+        assert http.post("/mcp", content="{").json()["error"]["code"] == -32700
 
 
 def test_bodies_and_messages_have_a_limit(server):
@@ -346,6 +396,22 @@ def test_a_rollout_is_the_episode_that_the_pipeline_plays(server):
     )
 
 
+def test_a_rollout_of_the_student_is_the_same_again(tiny_folder, tmp_path):
+    write_params(tmp_path)
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models/base").symlink_to(tiny_folder)
+    shown = params.load(tmp_path / "params.yaml").active
+    student = in_process.load("base", None, "float32", 1.0, shown.sampling.max_tokens, 1, str(tiny_folder))
+    (expected,) = play(student, Spec([9], 4, shown.prompt))
+    asked = {"policy": "base", "seed": 9, "max_steps": 4, "images": False}
+    with serving(tmp_path, "world") as (url, _):
+        first, again = (httpx2.post(f"{url}/rollout", json=asked, timeout=120).json() for _ in range(2))
+        missing = httpx2.post(f"{url}/rollout", json=asked | {"policy": "rl"}, timeout=60)
+    assert first == again and [row["invalid"] for row in first["decisions"]] == [one.invalid for one in expected.steps]
+    assert [row["content"] for row in first["decisions"]] == [one.reply.message["content"] for one in expected.steps]
+    assert missing.status_code == 503 and "rl needs models/rl, which is not there" in missing.json()["detail"]
+
+
 def test_a_rollout_asks_only_endpoints_that_the_server_was_started_with(server, endpoint):
     url, _ = server
     asked = {"policy": "api", "seed": 1, "max_steps": 5}
@@ -357,7 +423,9 @@ def test_a_rollout_asks_only_endpoints_that_the_server_was_started_with(server, 
     for wrong in ({"base_url": "http://169.254.169.254"}, {"api_key_env": "HOME"}):
         assert httpx2.post(f"{url}/rollout", json=asked | wrong).status_code == 422
     unknown = httpx2.post(f"{url}/rollout", json=asked | {"policy": "http://127.0.0.1:1/v1"})
-    assert unknown.status_code == 409 and "there are random, noop, expert, api" in unknown.json()["detail"]
+    assert (
+        unknown.status_code == 409 and "there are random, noop, expert, base, sft, rl, api" in unknown.json()["detail"]
+    )
 
 
 def test_an_endpoint_that_fails_is_a_clean_error_and_slow_rollouts_hold_up_nobody(server, endpoint, monkeypatch):

@@ -647,3 +647,20 @@ def test_the_key_stands_nowhere(tmp_path):
     with pytest.raises(NoAnswer) as raised, Server([Answer(f"Bad {KEY}", 500)]) as server:
         completed(server, max_retries=0)
     assert KEY not in repr(raised.value) and raised.value.__cause__ is None
+
+
+def test_an_endpoint_without_tools_is_told_how_to_write_a_call(tmp_path, capfd):
+    text = 'I go.\n<tool_call>\n{"name": "act", "arguments": {"actions": ["move_left"]}}\n</tool_call>'
+
+    with Server(lambda request: Answer(completion({"role": "assistant", "content": text}))) as server:
+        playing_by = teacher(server, seeds="0", max_steps=3, use_tools=False)
+        spec = Spec(playing_by.seeds, 3, playing_by.prompt, "x")
+        [data] = chat.record(spec, playing_by.endpoint, "code", "teachers.x.endpoint")
+    [episode] = [store.from_bytes(data)]
+    assert [step.executed for step in episode.steps] == [("move_left",)] * 3
+    assert all("tools" not in request.body for request in server.requests)
+    assert "<tool_call>" in server.requests[0].body["messages"][0]["content"]
+    assert "seed 0: 3 steps, 0 achievements: none" in capfd.readouterr().out
+    assert endpoint(server).asked == endpoint(server, use_tools=True).asked  # what was kept before stays known
+    with pytest.raises(ValueError, match="use_tools: false; remove one"):
+        endpoint(server, use_tools=False, tool_choice="auto")

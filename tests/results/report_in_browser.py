@@ -80,8 +80,10 @@ def test_every_section_is_drawn(browser, data):
     assert browser.evaluate("document.querySelectorAll('#curves figure').length") >= 5
     assert browser.evaluate("document.querySelectorAll('#agreement tbody tr').length") == 4
     assert browser.evaluate("document.querySelectorAll('#times tbody tr').length") == 1 + len(data["times"])
-    assert browser.evaluate("document.querySelectorAll('#published-table tbody tr').length") == 15
+    assert browser.evaluate("document.querySelectorAll('#published-table tbody tr').length") == 26
     assert "published" in text(browser, "#published-table th")
+    rows = text(browser, "#published-table tbody")
+    assert "temperature 0.0" in rows and "BALROG in Zhou 2026, 2026-08, second-hand" in rows
     assert not browser.evaluate("document.body.innerText.match(/undefined|NaN|\\[object/)")
 
 

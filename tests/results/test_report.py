@@ -126,6 +126,9 @@ def test_published_results_say_where_they_are_from():
     from ruamel.yaml import YAML
 
     published = YAML(typ="safe").load((ROOT / "src/apprentice/results/published.yaml").read_text())
+    assert {row["source"] for row in published["rows"]} == set(published["sources"]) > set(published["second_hand"])
     for row in published["rows"]:
-        assert row["source"] in published["sources"] and row["value"] > 0
-        assert row["metric"] in ("achievement_rate", "crafter_score") and row["kind"]
+        assert row["value"] > 0 and row["kind"] and re.fullmatch(r"20\d\d-\d\d", row["date"])
+        assert row["metric"] in ("achievement_rate", "crafter_score", "share_of_reward")
+        if row["source"] == "BALROG":  # its evaluator's default since 2025-03
+            assert row["temperature"] == (1.0 if row["date"] > "2025-03" else 0.0)

@@ -73,12 +73,20 @@ class Student:
                 model.base_model.enable_adapter_layers()
             model = model.get_base_model()
         rows = encode_all(self.processor, [body["messages"]])
-        draws = np.random.default_rng(body.get("seed", 0)).random((1, body["max_tokens"]))
-        [(ids, logprobs, _)] = generate(model, self.processor, rows, draws, body["temperature"])
-        content = [{"logprob": logprob} for logprob in logprobs]
-        message = {"role": "assistant", "content": self.processor.tokenizer.decode(ids, skip_special_tokens=True)}
-        choice = {"message": message, "token_ids": ids, "logprobs": {"content": content}}
-        return {"prompt_token_ids": rows[0].prompt_ids, "choices": [choice]}
+        draws = np.random.default_rng(body.get("seed", 0)).random((body.get("n", 1), body["max_tokens"]))
+        found = generate(model, self.processor, rows * len(draws), draws, body["temperature"])
+        choices = [
+            {
+                "message": {
+                    "role": "assistant",
+                    "content": self.processor.tokenizer.decode(ids, skip_special_tokens=True),
+                },
+                "token_ids": ids,
+                "logprobs": {"content": [{"logprob": logprob} for logprob in logprobs]},
+            }
+            for ids, logprobs, _ in found
+        ]
+        return {"prompt_token_ids": rows[0].prompt_ids, "choices": choices}
 
 
 def serve() -> None:

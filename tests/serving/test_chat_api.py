@@ -7,10 +7,13 @@ import signal
 import subprocess
 import sys
 import threading
+from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import openai
 import pytest
+import stand_in
 from command_line import run
 from small import checkout, stage
 
@@ -24,12 +27,24 @@ SHOWN = params.load(ROOT / "params.yaml").active.prompt
 
 
 @pytest.fixture(scope="module")
-def address(tiny_folder, tmp_path_factory):
-    """The untrained student as base, in a checkout."""
+def top(tiny_folder, tmp_path_factory):
+    """A checkout with the untrained student as base."""
     top = checkout(tmp_path_factory.mktemp("served") / "top", {})
     (top / "models").mkdir()
     (top / "models/base").symlink_to(tiny_folder)
-    command = [sys.executable, "-m", "apprentice.cli", "serve", "base", "--port", "0"]
+    return top
+
+
+@pytest.fixture(scope="module")
+def address(top):
+    with serving(top, "base") as url:
+        yield url
+
+
+@contextmanager
+def serving(top: Path, name: str):
+    """The command, in a process of its own; gives its address."""
+    command = [sys.executable, "-m", "apprentice.cli", "serve", name, "--port", "0"]
     process = subprocess.Popen(command, cwd=top, env=os.environ, stdout=subprocess.PIPE, text=True)
     try:
         yield process.stdout.readline().split()[2]
@@ -100,6 +115,24 @@ def test_those_who_ask_together_are_answered_together(client):
         assert found[seed].choices[0].message.content.startswith(alone[seed].choices[0].message.content)
 
 
+def test_on_vllm_it_is_the_same(client, top):
+    """By the stand-in for vLLM, one server on this processor."""
+    here = asked(temperature=0, max_tokens=6, logprobs=True)
+    expected = client.chat.completions.create(**here)
+    (top / "compute.yaml").write_text(f"vllm: {{use: always, program: {stand_in.program(top)}}}\n")
+    with serving(top, "base") as url, openai.OpenAI(base_url=url, api_key="none", max_retries=0) as vllm:
+        reply = vllm.chat.completions.create(**here)
+        assert reply.choices[0].message == expected.choices[0].message and reply.usage == expected.usage
+        chances = [[token.logprob for token in one.choices[0].logprobs.content] for one in (reply, expected)]
+        assert chances[0] == pytest.approx(chances[1], abs=1e-4)
+        many = vllm.chat.completions.create(**asked(max_tokens=4, n=3) | {"seed": 3})
+        assert len(many.choices) == 3
+        for wrong, words in (({"max_tokens": 100_000}, "are asked for"), (pictured(picture(72, 72), 2), "1 may be")):
+            with pytest.raises(openai.BadRequestError, match=words):
+                vllm.chat.completions.create(**asked(max_tokens=2) | wrong)
+        assert vllm.chat.completions.create(**asked(max_tokens=1)).choices
+
+
 def test_a_teacher_can_be_the_student(address, tmp_path):
     """params.yaml names it as any model behind an API."""
     endpoint = {"model": "base", "base_url": address, "api_key_env": None, "tool_choice": "required", "max_tokens": 8}
@@ -157,4 +190,4 @@ def test_an_unknown_name_and_a_missing_folder_are_said(tmp_path):
     done = run(top, "serve", "robot")
     assert done.returncode == 2 and "there is: world, base, sft, distill, rl" in done.stderr
     done = run(top, "serve", "rl", "--port", "0")
-    assert done.returncode == 2 and "rl needs models/base, models/rl: run dvc repro" in done.stderr
+    assert done.returncode == 2 and "rl needs models/base, which is not there; make it by dvc repro" in done.stderr

@@ -81,11 +81,15 @@ def test_a_server_of_openai_chats_gives_the_model_what_training_does(pairs, proc
         _same(served.get("image_grid_thw"), trained.image_grid_thw)
 
 
-def test_the_chat_template_says_what_qwens_own_does(pairs, processor):
-    own = (Path(trl.__file__).parent / "chat_templates" / "qwen3_vl.jinja").read_text()
-    for _, row, _ in pairs:
-        ours = processor.apply_chat_template(row["messages"], tools=prompt.TOOLS)
-        assert ours == processor.apply_chat_template(as_served(row["messages"]), tools=prompt.TOOLS, chat_template=own)
+def test_trls_training_variant_of_the_chat_template_would_say_the_same(pairs, processor):
+    """It marks the answers, which `encode` knows without; students were trained with it once."""
+    variant = (Path(trl.__file__).parent / "chat_templates" / "qwen3_vl_training.jinja").read_text()
+    assert variant != processor.chat_template
+    for _, row, trained in pairs:
+        chat = as_served(row["messages"])
+        ours = processor.apply_chat_template(chat, tools=prompt.TOOLS)
+        assert ours == processor.apply_chat_template(chat, tools=prompt.TOOLS, chat_template=variant)
+        assert ours.endswith(processor.tokenizer.decode(trained.answer_ids) + "\n")
 
 
 def test_what_is_taught_is_read_as_the_actions_that_were_asked_for(pairs, processor):

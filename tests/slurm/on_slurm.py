@@ -262,8 +262,8 @@ def test_more_money_goes_on_from_them_until_it_is_stopped(there):
     compute(there)
     before = len(log(there))
     process = begin(there, "apprentice.cli", "launch", "sft")
-    until(there, process, lambda: re.search(r"\b\d+/\d{4} \[", log(there)[before:]))
-    assert not re.search(r"\b[01]/\d{4} \[", log(there)[before:]), "it began anew"
+    until(there, process, lambda: re.search(r"\b[1-9]\d*/\d{4} \[", log(there)[before:]))
+    assert not re.search(r"\b1/\d{4} \[", log(there)[before:]), "it began anew"
     stop = begin(there, "apprentice.cli", "launch", "sft", "--stop")
     assert ended(there, stop) == 0 and ended(there, process) == 1, log(there)[before:]
 

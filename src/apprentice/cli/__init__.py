@@ -3,7 +3,9 @@
 A command imports what is heavy when it runs: `apprentice --help` and completion have to be quick.
 """
 
+from importlib.metadata import version
 from importlib.util import find_spec
+from typing import Annotated
 
 from apprentice.errors import ConfigError, fail, guarded
 
@@ -34,6 +36,19 @@ application.command("estimate", rich_help_panel=_RUN)(estimate.show_estimate)
 application.command(
     "launch", rich_help_panel=_RUN, context_settings={"ignore_unknown_options": True, "allow_interspersed_args": True}
 )(launch.launch_stage)
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        print(f"apprentice {version('apprentice')}")
+        raise typer.Exit
+
+
+@application.callback()
+def _options(
+    _: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show it.")] = False,
+) -> None:
+    pass
 
 
 def main() -> None:

@@ -1,16 +1,45 @@
 """Who can be asked to play: those built in, the student's weights, and models behind an endpoint."""
 
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 from apprentice import params
 from apprentice.errors import ConfigError
 
+if TYPE_CHECKING:
+    from apprentice.serving.in_process import InProcess
+
 SCRIPTED = ("random", "noop", "expert")
 ME = "me"
+BASE = "models/base"
 
 
 def students(settings: params.Params | None) -> dict[str, str]:
     """Folders of weights by name."""
     usual = {name: f"models/{name}" for name in ("base", "sft", "distill", "rl")}
     return usual | (settings.benchmark.students if settings else {})
+
+
+def adapter(name: str, settings: params.Params) -> str | None:
+    """The folder of a student's adapter, None for the base itself. Raises ConfigError where weights are missing."""
+    weights = students(settings)[name]
+    for folder in (BASE, weights):
+        if not Path(folder).is_dir():
+            raise ConfigError(f"{name} needs {folder}, which is not there; make it by dvc repro, or dvc pull it")
+    return None if weights == BASE else weights
+
+
+def student(name: str, settings: params.Params) -> "InProcess":
+    """The student in this process. Raises ConfigError where weights are missing."""
+    folder = adapter(name, settings)
+    from apprentice.serving import in_process
+    from apprentice.workers import cores
+
+    profile = settings.active
+    # Two threads that wait for each other at each layer of so small a model are 100 times slower on a busy machine.
+    threads = 1 if profile.student.model == "tiny" else cores()
+    sampling = profile.sampling
+    return in_process.load(name, folder, profile.dtype, sampling.temperature, sampling.max_tokens, threads)
 
 
 def models(settings: params.Params | None) -> dict[str, tuple[params.Agent, str]]:

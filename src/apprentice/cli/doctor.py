@@ -62,6 +62,7 @@ def examine() -> Iterator[Finding]:
     yield from _configuration()
     yield from _machine()
     yield _gpu()
+    yield from _student()
     yield from _keys()
     yield _vllm()
     yield _skypilot()
@@ -175,7 +176,44 @@ def _gpu() -> Finding:
     if shutil.which("nvidia-smi"):
         why = "none that torch can use, but there is nvidia-smi: see whether torch is a CPU build"
     elsewhere = "Let the training stages run elsewhere: where: sky in compute.yaml."
+    here = [stage for stage in ("sft", "rl", "agreement", "benchmark_student") if not _elsewhere(stage)]
+    if here and (student := _of_the_hub()):
+        return Finding("GPU", BROKEN, why, f"{', '.join(here)} of {student.model}, which needs them", elsewhere)
     return Finding("GPU", GAP, why, "the larger profiles (qwen2b and up) in reasonable time", elsewhere)
+
+
+def _elsewhere(stage: str) -> bool:
+    try:
+        return compute.runs_elsewhere(stage)
+    except ConfigError:  # said above
+        return False
+
+
+def _of_the_hub() -> params.HubStudent | None:
+    """The student, if it is made of a model of the hub."""
+    try:
+        student = params.load().active.student
+    except ConfigError:  # said above
+        return None
+    return student if isinstance(student, params.HubStudent) else None
+
+
+def _student() -> Iterator[Finding]:
+    """Whether the hub has the student's model for this machine."""
+    student = _of_the_hub()
+    if not student or Path("models/base/config.json").exists():
+        return
+    from httpx2 import HTTPError
+    from huggingface_hub import HfApi
+
+    what, model = "student", student.model
+    try:
+        HfApi().model_info(model, revision=student.revision, timeout=5)
+        yield Finding(what, OK, f"the hub has {model}")
+    except (HTTPError, OSError) as error:
+        found = f"the hub does not give {model} at {student.revision} ({type(error).__name__})"
+        remedy = "HF_ENDPOINT names a mirror, HF_TOKEN holds the key for a gated model."
+        yield Finding(what, BROKEN, found, "student, and what depends on it", remedy)
 
 
 def _keys() -> Iterator[Finding]:

@@ -1,4 +1,4 @@
-"""`apprentice import`: chats of others, checked and added to params.yaml."""
+"""`apprentice import`: decisions of others, checked and added to params.yaml."""
 
 import json
 import re
@@ -12,11 +12,16 @@ from apprentice.errors import ConfigError, WorkError
 
 
 def add_imports(
-    files: Annotated[list[Path], typer.Argument(help="JSONL in OpenAI's chat form, pictures as data: URLs.")],
+    files: Annotated[
+        list[Path], typer.Argument(help="JSONL in OpenAI's chat form, pictures as data: URLs, or traces.")
+    ],
     name: Annotated[str | None, typer.Option(help="What to call it; otherwise the file's name.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="What was found in each, for a script.")] = False,
 ) -> None:
-    """Check chats of others and add them to params.yaml, beside the teachers.
+    """Check decisions of others and add them to params.yaml, beside the teachers.
+
+    A trace is a file of data/traces of another checkout. Replies that call other tools than ours need
+    imports.NAME.tools in params.yaml first.
 
     Example: apprentice import chats.jsonl --name friends
     """
@@ -40,12 +45,15 @@ def add_imports(
     for key, file in named.items():
         report = reports[key]
         try:
-            for _ in imports.read(file, key, report, settings.held_out):
+            tools = settings.imports[key].tools if key in settings.imports else {}
+            for _ in imports.read(file, key, report, settings.held_out, tools):
                 pass
         except imports.NothingUsable as error:
             raise WorkError(f"{error}; params.yaml is as it was") from None
         if not as_json:
             print(f"{key}: {imports.summary(report)}")
+            if report.pictures["without"] and settings.active.prompt.mode != "text":
+                print(f"{key}: the student of profile {settings.profile} plays by the picture, which those lack")
     params.PATH.write_text(extended)
     if as_json:
         print(json.dumps({key: report.as_dict() for key, report in reports.items()}))

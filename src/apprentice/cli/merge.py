@@ -14,7 +14,9 @@ def merge_adapter(
     ],
     base: Annotated[
         str | None,
-        typer.Option(help="Folder or hub name of the base; otherwise models/base, or what the adapter names."),
+        typer.Option(
+            help="Folder or hub name of the base; otherwise the adapter's own, models/base, or what it names."
+        ),
     ] = None,
 ) -> None:
     """Write an adapter merged into its base model, for what can't load adapters.

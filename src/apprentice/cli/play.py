@@ -142,9 +142,9 @@ def _episode(
         from apprentice.players.scripted import Scripted
 
         return asyncio.run(play_one(seen(Scripted(agent)), Spec([seed], max_steps, params.Prompt(), agent), seed))
-    if agent in agents.students(settings):
+    if settings and agent in agents.students(settings):
         spec = Spec([seed], max_steps, settings.active.prompt, agent)
-        return asyncio.run(play_one(seen(_student(agent, settings)), spec, seed))
+        return asyncio.run(play_one(seen(agents.student(agent, settings)), spec, seed))
 
     from apprentice.endpoint.client import Client
     from apprentice.endpoint.replies import Replies
@@ -163,20 +163,6 @@ def _episode(
         return asyncio.run(ask())
     except NoAnswer as error:
         raise WorkError(f"{agent}: {error}; its replies so far are kept: run the same command again") from None
-
-
-def _student(agent: str, settings: params.Params) -> "Policy":
-    weights = agents.students(settings)[agent]
-    for folder in ("models/base", weights):
-        if not Path(folder).is_dir():
-            raise ConfigError(f"{agent} needs {folder}, which is not there; make it by dvc repro, or dvc pull it")
-    from apprentice.serving import in_process
-    from apprentice.workers import cores
-
-    profile = settings.active
-    sampling = profile.sampling
-    adapter = None if weights == "models/base" else weights
-    return in_process.load(agent, adapter, profile.dtype, sampling.temperature, sampling.max_tokens, cores())
 
 
 def _by_hand(seed: int, max_steps: int) -> "Moment":

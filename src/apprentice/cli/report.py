@@ -35,6 +35,7 @@ def report(
         data = drawn.gather(settings, seeds)
     except FileNotFoundError as error:
         raise WorkError(f"there is no {error.filename} yet: run dvc repro first") from None
+    out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(drawn.page(data))
     shown = [world["seed"] for world in data["replays"]["worlds"]]
     print(f"{out}: {out.stat().st_size / 1e6:.1f} MB, replays of the worlds {', '.join(map(str, shown))}")

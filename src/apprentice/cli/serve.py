@@ -2,9 +2,11 @@
 
 import os
 import socket
+from collections.abc import Callable
 from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,8 +14,10 @@ from apprentice import params
 from apprentice.cli import agents
 from apprentice.errors import ConfigError
 
+if TYPE_CHECKING:
+    from apprentice.policy import Policy
+
 WORLD = "world"
-BASE = Path("models/base")
 
 
 def _known() -> list[str]:
@@ -46,8 +50,8 @@ def serve(
 ) -> None:
     """Serve Crafter to others' trainers, or the student to others' evaluators; /docs describes what can be asked.
 
-    world: by OpenEnv's protocol, and plain HTTP beside it. /rollout plays whole episodes with the models behind an API
-    of params.yaml, if there is one.
+    world: by OpenEnv's protocol, and plain HTTP beside it. /rollout plays whole episodes, with the student or with the
+    models behind an API of params.yaml, if there is one.
 
     The student: by OpenAI's chat API (/v1/chat/completions), on vLLM where compute.yaml says so.
 
@@ -67,9 +71,10 @@ def serve(
     from apprentice.environment import server
 
     limits = server.Limits(max_sessions, idle_timeout, max_rollouts)
-    world = server.application(limits, agents.SCRIPTED, agents.models(settings))
-    print(f"Crafter on {address} (OpenEnv at /ws); Ctrl-C ends it", flush=True)
-    _run(world, listening, key, limits.body, connections=4 * max_sessions + 64)
+    students = {name: _rollouts(name, settings) for name in agents.students(settings)} if settings else {}
+    world = server.application(limits, agents.SCRIPTED, agents.models(settings), students)
+    told = f"Crafter on {address} (OpenEnv at /ws); Ctrl-C ends it"
+    _run(world, listening, key, limits.body, 4 * max_sessions + 64, told)
 
 
 def _student(
@@ -77,30 +82,42 @@ def _student(
 ) -> None:
     if settings is None:
         raise ConfigError("there is no params.yaml here, which says how the student is shown a world; go to a checkout")
-    weights = Path(agents.students(settings)[name])
-    if missing := [str(folder) for folder in (BASE, weights) if not folder.exists()]:
-        raise ConfigError(f"{name} needs {', '.join(missing)}: run dvc repro, or dvc pull")
+    adapter = agents.adapter(name, settings)
 
     from apprentice import compute, gpus
-    from apprentice.serving import chat_api, in_process, on_vllm, vllm
-    from apprentice.workers import cores
+    from apprentice.serving import chat_api, on_vllm, vllm
 
     profile, serving = settings.active, compute.load().vllm
-    sampling, adapter = profile.sampling, None if weights == BASE else str(weights)
+    sampling = profile.sampling
     plan = vllm.plan(serving, gpus.names(), training=False)
     with ExitStack() as stack:
-        servers = vllm.Servers(plan, serving, BASE, profile.dtype, [weights] if adapter else [])
+        servers = vllm.Servers(plan, serving, Path(agents.BASE), profile.dtype, [Path(adapter)] if adapter else [])
         engine: chat_api.Engine
         if servers.servers:
             stack.enter_context(servers)
-            policy = on_vllm.load(name, servers.servers, adapter, sampling.temperature, sampling.max_tokens, str(BASE))
-            engine = chat_api.VllmEngine(policy, sampling)
+            policy = on_vllm.load(
+                name, servers.servers, adapter, sampling.temperature, sampling.max_tokens, agents.BASE
+            )
+            engine = chat_api.VllmEngine(policy, sampling, serving.max_model_len)
         else:
-            asked = (sampling.temperature, sampling.max_tokens, cores())
-            student = in_process.load(name, adapter, profile.dtype, *asked)
+            student = agents.student(name, settings)
             engine = chat_api.InProcessEngine(name, student.model, student.processor, sampling)
-        print(f"{name} on {address}/v1 (OpenAI's chat API, the model {name}); Ctrl-C ends it", flush=True)
-        _run(chat_api.application(engine), listening, key, chat_api.BODY, connections=1024)
+        told = f"{name} on {address}/v1 (OpenAI's chat API, the model {name}); Ctrl-C ends it"
+        _run(chat_api.application(engine), listening, key, chat_api.BODY, 1024, told)
+
+
+def _rollouts(name: str, settings: params.Params) -> tuple[Callable[[], "Policy"], params.Prompt]:
+    """A student for one rollout: each draws anew from its seed, so that the same request gives the same episode."""
+
+    load = cache(lambda: agents.student(name, settings))
+
+    def policy() -> "Policy":
+        from apprentice.serving.in_process import InProcess
+
+        loaded = load()
+        return InProcess(name, loaded.model, loaded.processor, loaded.temperature, loaded.max_tokens)
+
+    return policy, settings.active.prompt
 
 
 def _key(variable: str, host: str) -> str | None:
@@ -132,11 +149,16 @@ def _listening(host: str, port: int) -> socket.socket:
     return listening
 
 
-def _run(app, listening: socket.socket, key: str | None, body: int, connections: int) -> None:
-    """Until Ctrl-C. body: bytes that a request or a message may have; connections: how many there may be."""
+def _run(app, listening: socket.socket, key: str | None, body: int, connections: int, told: str) -> None:
+    """Until Ctrl-C. body: bytes of a request or a message; connections: how many; told: printed once it answers."""
     import uvicorn
 
     from apprentice.environment.guard import Guard
+
+    class Server(uvicorn.Server):
+        async def startup(self, sockets=None) -> None:
+            await super().startup(sockets)
+            print(told, flush=True)
 
     config = uvicorn.Config(
         Guard(app, key, body),
@@ -145,4 +167,4 @@ def _run(app, listening: socket.socket, key: str | None, body: int, connections:
         timeout_graceful_shutdown=3,
         limit_concurrency=connections,
     )
-    uvicorn.Server(config).run([listening])
+    Server(config).run([listening])

@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
+import pyarrow.parquet as pq
+from pyarrow.lib import ArrowException
 from ruamel.yaml import YAML
 
 from apprentice import compute, prompt
@@ -173,9 +175,12 @@ def _chat(stage: str, endpoint: Endpoint, shown: Prompt, where: str, most: int, 
 
 def _import(name: str, path: Path) -> Line:
     try:
-        with path.open("rb") as file:
-            count = sum(1 for _ in file)
-    except OSError:
+        if path.suffix == ".parquet":
+            count = pq.read_metadata(path).num_rows
+        else:
+            with path.open("rb") as file:
+                count = sum(1 for _ in file)
+    except (OSError, ArrowException):
         return Line(
             f"import@{name}", None, None, None, 0, _NOTHING, _NOTHING, f"{path} cannot be read", ("params.yaml",)
         )

@@ -1,30 +1,37 @@
-"""Chats of others as episodes: OpenAI-format JSONL with pictures, read with distrust.
+"""Decisions of others as episodes: OpenAI-format JSONL with pictures, or a trace; read with distrust.
 
 A line is {"messages": […]} and may have "metadata" with episode_id, step, seed and model, as the rows of `split` do.
 Every assistant turn is a decision. It is kept with the system prompt and the turn right before it, since that's all a
 student is ever shown. Pictures stand in their turn, as parts, or beside it: under `images` of the line or of the
 message, where `<image>` in a text or a part without a picture is the place of each (ms-swift, LLaMA-Factory, TRL).
 Lines are untrusted: nothing is fetched or unpickled, and sizes are bounded.
+
+A trace (data/traces/*.parquet of another checkout) comes with all that it knows of each episode.
 """
 
 import base64
 import hashlib
 import io
 import json
+import math
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 from PIL import Image, ImageOps
+from pyarrow.lib import ArrowException
 
-from apprentice import prompt
+from apprentice import prompt, store
 from apprentice.episode import Episode, Given, Reply, Step
+from apprentice.params import Prompt, Tool
 from apprentice.world import png
+from apprentice.world.observation import SIZE
 
 LONGEST_LINE = 32 << 20
 """Bytes; as much as a chat of some hundred large pictures."""
@@ -35,6 +42,9 @@ LONGEST_STRIP = 200
 MOST_ACTIONS = 20
 """In one reply; no prompt of ours can allow more."""
 
+_KEPT = "played on a world kept for evaluation"
+_AGAIN = "the same episode and step again"
+_NO_DECISION = "no decision as this version records them"
 _REMEDIES = {
     "not JSON": "write one JSON object a line",
     "no messages": 'give each line "messages" in OpenAI\'s chat form',
@@ -49,23 +59,31 @@ _REMEDIES = {
     "no assistant turn": "each line needs the reply that is to be imitated",
     "nothing shown before the reply": "put a user turn before each reply",
     "several pictures in a turn": "a student is shown one picture a turn",
+    "an empty picture URL": "put the picture there, or leave the part out",
     "a picture by address": "nothing is fetched: write pictures as data: URLs",
     "a broken picture": "write pictures as data:image/png;base64,…, in PNG, JPEG, WEBP or GIF",
     "a picture over 4 megapixels": "make the pictures smaller",
     "a picture more than 200 times as long as wide": "cut it, or give it a border",
     "an animated picture": "write the one picture that was shown",
-    "the same episode and step again": "give each episode an episode_id of its own",
+    _AGAIN: "give each episode an episode_id of its own",
     "an episode on two seeds": "give each episode an episode_id of its own",
     "a seed that is no whole number below 2147483648": "write the world's seed, or null where there is none",
-    "played on a world kept for evaluation": "leave out the seeds of benchmark and rl.evaluation: results on worlds "
-    "already seen would not count",
+    _KEPT: "leave out the seeds of benchmark and rl.evaluation: results on worlds already seen would not count",
     "weight 0": "its author asks not to train on it",
+    _NO_DECISION: "export it there: apprentice export openai, and import its JSONL",
 }
 """Why a line or a decision is left out, and what its author can do."""
 
 
 class NothingUsable(Exception):
     """A file without one decision to imitate; the message names what is wrong with most of it, and the remedy."""
+
+
+Tools = Mapping[str, Tool]
+"""What calls of others' tools mean, by the tool's name."""
+
+
+_EVERYTHING = Prompt(mode="text+image", inventory="all", position=True, history=1)
 
 
 class _Refused(Exception):
@@ -79,9 +97,27 @@ class Report:
     lines: Counter[str] = field(default_factory=Counter)
     """`read`, and those left out whole, by reason."""
     decisions: Counter[str] = field(default_factory=Counter)
-    """`read`; `kept`; those left out, by reason."""
+    """`read`; `usable`; `unreadable`, whose reply cannot be read; those left out, by reason."""
     invalid: Counter[str] = field(default_factory=Counter)
-    """Of those kept: replies that cannot be read, by reason; `filter` deals with them as with anybody's."""
+    """The unreadable ones, by reason; they are in the trace, where `filter` deals with them as with anybody's."""
+    tools: Counter[str] = field(default_factory=Counter)
+    """The tools that unreadable replies call, the first ten."""
+    pictures: Counter[str] = field(default_factory=Counter)
+    """Of the usable ones: `with` a picture, and `without`."""
+
+    def add(self, step: Step) -> None:
+        """Count a decision that gets into the trace."""
+        if not step.invalid:
+            self.decisions["usable"] += 1
+            shown = not isinstance(step.observation, Given) or step.observation.png is not None
+            self.pictures["with" if shown else "without"] += 1
+            return
+        self.decisions["unreadable"] += 1
+        # Without the names and numbers that the reply made up: there may be as many as lines.
+        self.invalid[re.sub(r"^\d+ | ['\"].*", "", step.invalid, flags=re.DOTALL)] += 1
+        tool = re.fullmatch("unknown tool '(.*)'", step.invalid)
+        if tool and (tool[1] in self.tools or len(self.tools) < 10):
+            self.tools[tool[1]] += 1
 
     @property
     def left_out(self) -> Counter[str]:
@@ -92,13 +128,70 @@ class Report:
         return {name: dict(counts.most_common()) for name, counts in vars(self).items()}
 
 
-def read(path: Path, name: str, report: Report, held_out: Collection[int] = ()) -> Iterator[Episode]:
+def read(
+    path: Path, name: str, report: Report, held_out: Collection[int] = (), tools: Tools | None = None
+) -> Iterator[Episode]:
     """The episodes of a file as those of the import `name`, each with its decisions in order; counts go to the report.
 
-    held_out: world seeds that nothing may be learnt from. The file is read twice: memory holds the places of the
-    decisions, not the decisions. Raises NothingUsable at the end if no reply in it can be read.
+    held_out: world seeds that nothing may be learnt from. tools: what calls of other tools than `act` mean, in JSONL.
+    JSONL is read twice: memory holds the places of the decisions, not the decisions. Raises NothingUsable at the end if
+    no reply in it can be read.
     """
-    places = sorted(_places(path, report, frozenset(held_out)))
+    if path.suffix == ".parquet":
+        yield from _trace(path, name, report, frozenset(held_out))
+    else:
+        yield from _chats(path, name, report, frozenset(held_out), tools or {})
+    if not report.decisions["usable"]:
+        raise NothingUsable(f"{path}: {_why_nothing(report, name, path)}")
+
+
+def _trace(path: Path, name: str, report: Report, held_out: frozenset[int]) -> Iterator[Episode]:
+    """The episodes of a trace with all that it knows of them."""
+    seen: set[str] = set()
+    try:
+        if not pq.read_schema(path).equals(store.SCHEMA):
+            raise NothingUsable(f"{path} has other columns than a trace of this version; {_REMEDIES[_NO_DECISION]}")
+        for episode in store.read(path):
+            count = len(episode.steps)
+            report.lines["read"] += count
+            if episode.seed in held_out:
+                report.lines[_KEPT] += count
+                continue
+            report.decisions["read"] += count
+            if episode.id in seen or not _known(episode):
+                report.decisions[_AGAIN if episode.id in seen else _NO_DECISION] += count
+                continue
+            seen.add(episode.id)
+            for step in episode.steps:
+                report.add(step)
+            yield replace(episode, agent=name, name=episode.id)
+    except (ArrowException, OSError, ValueError, TypeError) as error:
+        raise NothingUsable(f"{path} is damaged, or no trace: {str(error)[:200]}") from None
+
+
+def _known(episode: Episode) -> bool:
+    """Whether all that later stages look at can be read."""
+    try:
+        if not episode.imported:
+            Prompt.model_validate_json(episode.prompt)
+        for step in episode.steps:
+            shown = step.observation
+            if shown.png is not None and math.prod(png.size(shown.png)) > LARGEST_PICTURE:
+                return False
+            picture = None if shown.png is None else png.decode(shown.png)
+            if isinstance(shown, Given):
+                prompt.given(shown)
+                continue
+            prompt.text(shown, _EVERYTHING, step.history)
+            if picture is None or picture.shape != (SIZE, SIZE, 3):
+                return False
+    except Exception:  # whatever a file may hold that is not ours
+        return False
+    return True
+
+
+def _chats(path: Path, name: str, report: Report, held_out: frozenset[int], tools: Tools) -> Iterator[Episode]:
+    places = sorted(_places(path, report, held_out, tools))
     with path.open("rb") as file:
 
         @lru_cache(maxsize=1)  # the turns of a long chat come one after the other
@@ -110,17 +203,16 @@ def read(path: Path, name: str, report: Report, held_out: Collection[int] = ()) 
             steps = []
             for place in group:
                 if steps and place.step == steps[-1].step:
-                    report.decisions["the same episode and step again"] += 1
+                    report.decisions[_AGAIN] += 1
                     continue
                 try:
-                    steps.append(_step(turns(place.offset)[place.turn], place.step, name, report))
+                    steps.append(_step(turns(place.offset)[place.turn], place.step, name, tools))
                 except _Refused as refused:
                     report.decisions[str(refused)] += 1
+            for step in steps:
+                report.add(step)
             if steps:
-                report.decisions["kept"] += len(steps)
                 yield Episode(name, seed, tuple(steps), name=episode_id)
-    if report.decisions["kept"] == report.invalid.total():
-        raise NothingUsable(f"{path}: {_why_nothing(report)}")
 
 
 @dataclass(frozen=True, order=True)
@@ -148,7 +240,7 @@ class _Turn:
     refused: str = ""
 
 
-def _places(path: Path, report: Report, held_out: frozenset[int]) -> Iterator[_Place]:
+def _places(path: Path, report: Report, held_out: frozenset[int], tools: Tools) -> Iterator[_Place]:
     """Where the decisions of a file are; reads every line once."""
     first: dict[str, tuple[int, int | None]] = {}
     following: Counter[str] = Counter()
@@ -158,7 +250,7 @@ def _places(path: Path, report: Report, held_out: frozenset[int]) -> Iterator[_P
             row = _row(line)
             episode_id, step, seed = _metadata(row)
             if seed in held_out:
-                raise _Refused("played on a world kept for evaluation")
+                raise _Refused(_KEPT)
             key = episode_id or f"line-{number}"
             order, same_seed = first.setdefault(key, (number, seed))
             if seed != same_seed:
@@ -174,7 +266,7 @@ def _places(path: Path, report: Report, held_out: frozenset[int]) -> Iterator[_P
                 report.decisions[turn.refused] += 1
             else:
                 yield _Place(order, step, offset, index, key, seed)
-            step += len(prompt.parse(turn.answer, MOST_ACTIONS).actions) or 1
+            step += len(_parsed(turn.answer, tools).actions) or 1
         following[key] = step
 
 
@@ -254,7 +346,8 @@ def _turns(row: dict) -> list[_Turn]:
             system.append(content)
         elif role == "assistant":
             said = None if message.get("content") is None else prompt.said(message)
-            answer = {"role": "assistant", "content": said, "tool_calls": message.get("tool_calls")}
+            called = prompt.in_openai_form(message).get("tool_calls")
+            answer = {"role": "assistant", "content": said, "tool_calls": called}
             turn = _Turn((), None, answer, model[:100] if isinstance(model, str) else "")
             try:
                 if 0 in (message.get("weight"), message.get("loss")):  # of OpenAI, of ms-swift
@@ -406,17 +499,47 @@ def _address(value: object) -> str:
         value = next((one for one in held if one is not None), None)
     if not isinstance(value, str):
         raise _Refused("a broken picture")
+    if not value.strip() or re.fullmatch(r"data:[^,]*,?\s*", value[:200], re.IGNORECASE):
+        raise _Refused("an empty picture URL")
     if not value[:5].lower() == "data:" and not re.fullmatch(r"[A-Za-z0-9+/=\s]+", value[:100]):
         raise _Refused("a picture by address")
     return value
 
 
-def _step(turn: _Turn, step: int, name: str, report: Report) -> Step:
+def _parsed(answer: dict, tools: Tools) -> prompt.Parsed:
+    """The actions of a reply, with calls of others' tools taken for what they mean."""
+    called = answer["tool_calls"]
+    if tools and called is None:  # perhaps in the text; unless all can be read, the reply stays as it is
+        written = prompt.calls(answer)
+        whole = len(written) == (answer["content"] or "").count("<tool_call>")
+        called = [{"function": call} for call in written] if whole else None
+    if tools and called:
+        answer = {"role": "assistant", "tool_calls": [_meant(call, tools) for call in called]}
+    return prompt.parse(answer, MOST_ACTIONS)
+
+
+def _meant(call: object, tools: Tools) -> object:
+    """The call of `act` that a call of one of these tools is; any other as it came."""
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(name := function.get("name"), str) or name not in tools:
+        return call
+    tool, arguments = tools[name], function.get("arguments")
+    if tool.action:
+        return {"function": {"name": "act", "arguments": {"actions": [tool.action]}}}
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except (ValueError, RecursionError):
+            return {"function": {"name": "act", "arguments": arguments}}
+    asked = arguments.get(tool.argument) if isinstance(arguments, dict) else None
+    listed = asked if isinstance(asked, list) else [asked]
+    actions = None if asked is None else [tool.names.get(str(one), one) for one in listed]
+    return {"function": {"name": "act", "arguments": {"actions": actions}}}
+
+
+def _step(turn: _Turn, step: int, name: str, tools: Tools) -> Step:
     picture = None if turn.picture is None else _png(turn.picture)
-    parsed = prompt.parse(turn.answer, MOST_ACTIONS)
-    if parsed.invalid:
-        # Without the names and numbers that the reply made up: there may be as many as lines.
-        report.invalid[re.sub(r"^\d+ | ['\"].*", "", parsed.invalid, flags=re.DOTALL)] += 1
+    parsed = _parsed(turn.answer, tools)
     return Step(
         step=step,
         history=(),
@@ -473,8 +596,15 @@ def _as_seen(image: Image.Image) -> Image.Image:
     return upright.convert("RGB")
 
 
-def _why_nothing(report: Report) -> str:
+def _why_nothing(report: Report, name: str, path: Path) -> str:
     reasons = report.left_out
+    if report.tools:
+        tools = ", ".join(f"{tool}: {{}}" for tool in report.tools)
+        return (
+            f"no reply can be read: they call {', '.join(report.tools)}. Say in params.yaml what that means, as "
+            f"imports: {{{name}: {{file: {path}, tools: {{{tools}}}}}}}, if it is our act under another name; "
+            "docs/data.md has the rest"
+        )
     if report.invalid:
         reason, count = report.invalid.most_common(1)[0]
         actions = 'call the tool act with {"actions": ["move_left", …]}, by the names that Crafter\'s actions have'
@@ -487,7 +617,14 @@ def _why_nothing(report: Report) -> str:
 
 def summary(report: Report) -> str:
     """The report in a sentence."""
-    counts = [*report.left_out.most_common(), *report.invalid.most_common()]
-    reasons = [f"{count} × {reason}" for reason, count in counts]
-    kept = report.decisions["kept"]
-    return f"{kept} decisions from {report.lines['read']} lines" + (f"; {', '.join(reasons)}" if reasons else "")
+    reasons = [f"{count} × {reason}" for reason, count in report.left_out.most_common()]
+    unreadable = [f"{count} × {reason}" for reason, count in report.invalid.most_common()]
+    tools = f" ({', '.join(report.tools)})" if report.tools else ""
+    return "; ".join(
+        [
+            f"{report.decisions['usable']} usable decisions from {report.lines['read']} lines",
+            *([f"{report.pictures['without']} of them without a picture"] if report.pictures["without"] else []),
+            *([f"unreadable replies: {', '.join(unreadable)}{tools}"] if unreadable else []),
+            *([f"left out: {', '.join(reasons)}"] if reasons else []),
+        ]
+    )

@@ -5,6 +5,9 @@
 
 from importlib.util import find_spec
 
+SMALLEST = 18
+"""Side of the smallest picture that can be drawn: 2 pixels a tile."""
+
 if find_spec("gymnasium"):
     import gymnasium
 

@@ -8,6 +8,7 @@ import gymnasium
 import numpy as np
 from gymnasium import spaces
 
+from apprentice.environment import SMALLEST
 from apprentice.world.observation import ACTIONS, ITEMS, SIZE, TILES, VIEW, VITALS, Observation
 from apprentice.world.world import World
 
@@ -33,6 +34,10 @@ class Crafter(gymnasium.Env):
     ):
         if observation not in ("image", "dict"):
             raise ValueError(f"observation is {observation!r}; it can be 'image' or 'dict'")
+        least = {"max_steps": (max_steps, 1), "size": (size, SMALLEST), "render_size": (render_size, SMALLEST)}
+        for name, (value, lowest) in least.items():
+            if not isinstance(value, int) or value < lowest:
+                raise ValueError(f"{name} is {value!r}; it must be a whole number from {lowest} on")
         self.max_steps, self.size, self.structured = max_steps, size, observation == "dict"
         self.render_mode, self.render_size = render_mode, render_size
         self.action_space = spaces.Discrete(len(ACTIONS))
@@ -53,7 +58,7 @@ class Crafter(gymnasium.Env):
             )
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
-        """Start the world of this seed, or, without one, a world drawn from the generator that the last seed set."""
+        """Start the world of this seed, however large, or one drawn from the generator that the last seed set."""
         super().reset(seed=seed)
         world_seed = int(self.np_random.integers(2**31)) if seed is None else seed
         self._world = World(world_seed, max_steps=self.max_steps, size=self.size)
@@ -62,6 +67,10 @@ class Crafter(gymnasium.Env):
         return self._observed(observation), self._info(())
 
     def step(self, action):
+        if not self.action_space.contains(action):
+            raise ValueError(
+                f"action is {action!r}; actions are integers from 0 to {len(ACTIONS) - 1}: {', '.join(ACTIONS)}"
+            )
         outcome = self._world.step(ACTIONS[action])
         self._steps += 1
         self._achievements += outcome.unlocked

@@ -27,7 +27,7 @@ def routes(sessions: Sessions, rollouts: Rollouts) -> APIRouter:
     @router.post("/sessions/{name}/step")
     async def step(name: str, asked: StepRequest) -> dict:
         session = sessions.named(name)
-        return await sessions.call(session, session.step, asked.action)
+        return await sessions.call(session, session.step, asked.action.action)
 
     @router.get("/sessions/{name}/state")
     async def state(name: str) -> dict:

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from apprentice import prompt
+from apprentice.environment import SMALLEST
 from apprentice.params import Prompt
 from apprentice.world import png
 from apprentice.world.observation import ACTIONS, SIZE, TILES, VIEW, Observation
@@ -44,7 +45,7 @@ class ResetRequest(_Request):
     """Of the world; without one, a random world."""
     episode_id: Annotated[str, Field(max_length=255)] | None = None
     max_steps: Steps = 10_000
-    size: Annotated[int, Field(ge=18, le=512)] = SIZE
+    size: Annotated[int, Field(ge=SMALLEST, le=512)] = SIZE
     """Side of the picture in pixels."""
 
 
@@ -66,7 +67,7 @@ class RolloutRequest(_Request):
     """A whole episode, played here."""
 
     policy: str
-    """A built-in one, or an endpoint that this server was started with."""
+    """A built-in one, the student (base, sft, rl), or an endpoint that this server was started with."""
     seed: Seed
     max_steps: Steps = 200
     images: bool = True
@@ -75,6 +76,9 @@ class RolloutRequest(_Request):
 class ObservationBody(BaseModel):
     """After a reset or a step."""
 
+    seed: int
+    step: int
+    """Of the episode, 0 after the reset: with the seed, which request an answer that comes late belongs to."""
     image: str
     """A PNG in base64."""
     text: str
@@ -101,9 +105,11 @@ class StateBody(BaseModel):
     achievements: list[str]
 
 
-def answer(seen: Observation, outcome: Outcome | None = None) -> dict:
+def answer(seed: int, step: int, seen: Observation, outcome: Outcome | None = None) -> dict:
     """OpenEnv's form of a result (`serialize_observation`). outcome: what the step led to; None after a reset."""
     body = ObservationBody(
+        seed=seed,
+        step=step,
         image=in_base64(png.encode(seen.image)),
         text=prompt.text(seen, _TEXT),
         view=by_name(seen.view.ravel()),

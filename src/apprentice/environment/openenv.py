@@ -15,13 +15,22 @@ for two seconds at most:
 """
 
 import asyncio
+import time
 from importlib.metadata import version
 
 from fastapi import APIRouter, WebSocket
 from pydantic import ValidationError
 from starlette.websockets import WebSocketDisconnect, WebSocketState
 
-from apprentice.environment.messages import ActionBody, Busy, ObservationBody, ResetRequest, StateBody, Wrong
+from apprentice.environment.messages import (
+    ActionBody,
+    Busy,
+    NoSuchSession,
+    ObservationBody,
+    ResetRequest,
+    StateBody,
+    Wrong,
+)
 from apprentice.environment.sessions import Session, Sessions
 
 
@@ -49,18 +58,23 @@ def routes(sessions: Sessions) -> APIRouter:
     @router.websocket("/ws")
     async def hold(socket: WebSocket) -> None:
         await socket.accept()
+        begun = socket.query_params.get("session_id")  # by /mcp, which plays in it too, and ends it
         try:
-            name, session = sessions.begin()
+            name, session = (begun, sessions.named(begun)) if begun else sessions.begin()
         except Busy as error:
             await socket.send_json(_error("CAPACITY_REACHED", str(error)))
             return await socket.close(1013)
+        except NoSuchSession as error:
+            await socket.send_json(_error("SESSION_ERROR", str(error)))
+            return await socket.close(1008)
         try:
             await _converse(socket, sessions, session)
         except (WebSocketDisconnect, RuntimeError):
             if socket.client_state == socket.application_state == WebSocketState.CONNECTED:
                 raise
         finally:
-            sessions.end(name)
+            if not begun:
+                sessions.end(name)
 
     return router
 
@@ -71,6 +85,8 @@ async def _converse(socket: WebSocket, sessions: Sessions, session: Session) -> 
         try:
             message = await asyncio.wait_for(socket.receive_json(), sessions.idle)
         except TimeoutError:
+            if time.monotonic() - session.seen < sessions.idle:  # it was asked by /mcp
+                continue
             await socket.send_json(_error("SESSION_ERROR", f"idle for {sessions.idle:g} s: the session is over"))
             return await socket.close(1000)
         except (ValueError, KeyError, RecursionError):
@@ -89,8 +105,8 @@ async def _answer(kind: object, message: dict, sessions: Sessions, session: Sess
                 asked = ResetRequest.model_validate(message.get("data", {}))
                 return {"type": "observation", "data": await sessions.call(session, session.reset, asked)}
             case "step":
-                asked = ActionBody.model_validate(message.get("data", {}))
-                return {"type": "observation", "data": await sessions.call(session, session.step, asked)}
+                step = ActionBody.model_validate(message.get("data", {}))
+                return {"type": "observation", "data": await sessions.call(session, session.step, step.action)}
             case "state":
                 return {"type": "state", "data": session.state}
             case _:

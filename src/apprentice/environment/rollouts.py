@@ -1,7 +1,8 @@
-"""Whole episodes, played here for whoever asks: by a built-in policy, or by a model behind an API."""
+"""Whole episodes, played here for whoever asks: by a built-in policy, the student, or a model behind an API."""
 
 import asyncio
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future
 
 from apprentice import store
@@ -15,17 +16,28 @@ from apprentice.players.chat import Chat
 from apprentice.players.scripted import Scripted
 from apprentice.policy import Policy, Turn
 
+Student = tuple[Callable[[], Policy], Prompt]
+"""What makes the policy of one rollout, loading the weights the first time, and what it's shown."""
+
 
 class Rollouts:
     """Those under way, in a thread with an event loop of its own: their worlds' steps hold up no session.
 
     scripted: the names of built-in policies. endpoints: models by name, each with where its settings stand. A request
-    can name one, and nothing else of it: neither an address nor a key. most: how many there may be at once.
+    can name one, and nothing else of it: neither an address nor a key. students: those with weights here, by name.
+    most: how many there may be at once.
     """
 
-    def __init__(self, scripted: tuple[str, ...], endpoints: dict[str, tuple[Agent, str]], most: int):
-        self.names, self.most = [*scripted, *endpoints], most
-        self._endpoints = endpoints
+    def __init__(
+        self,
+        scripted: tuple[str, ...],
+        endpoints: dict[str, tuple[Agent, str]],
+        students: dict[str, Student],
+        most: int,
+    ):
+        self.names, self.most = [*scripted, *students, *endpoints], most
+        self._endpoints, self._students = endpoints, students
+        self._loading = asyncio.Lock()
         self._clients: dict[str, tuple[Client, Replies]] = {}
         self._running: set[Future] = set()
         self._loop = asyncio.new_event_loop()
@@ -50,9 +62,16 @@ class Rollouts:
         return future
 
     async def _play(self, asked: RolloutRequest) -> dict:
-        model, whose = self._endpoints.get(asked.policy, (None, ""))
-        policy = self._chat(asked.policy, model, whose) if model else _Fair(Scripted(asked.policy))
-        settings = model.prompt if model else Prompt()
+        policy: Policy
+        if asked.policy in self._students:
+            make, settings = self._students[asked.policy]
+            async with self._loading:
+                policy = await asyncio.to_thread(make)
+        elif asked.policy in self._endpoints:
+            model, whose = self._endpoints[asked.policy]
+            policy, settings = self._chat(asked.policy, model, whose), model.prompt
+        else:
+            policy, settings = _Fair(Scripted(asked.policy)), Prompt()
         episode = await play_one(policy, Spec([asked.seed], asked.max_steps, settings), asked.seed)
         rows = await asyncio.to_thread(lambda: store.to_table(episode).to_pylist())
         return {

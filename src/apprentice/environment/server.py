@@ -8,9 +8,9 @@ from importlib.metadata import version
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 
-from apprentice.environment import http, openenv
+from apprentice.environment import http, mcp, openenv
 from apprentice.environment.messages import Wrong
-from apprentice.environment.rollouts import Rollouts
+from apprentice.environment.rollouts import Rollouts, Student
 from apprentice.environment.sessions import Sessions
 from apprentice.params import Agent
 from apprentice.world.observation import ACHIEVEMENTS, ACTIONS
@@ -29,10 +29,12 @@ class Limits:
     """Bytes of a request, or of a message; whoever starts the server holds it."""
 
 
-def application(limits: Limits, scripted: tuple[str, ...], endpoints: dict[str, tuple[Agent, str]]) -> FastAPI:
-    """The server. scripted, endpoints: who can be asked for a rollout, see Rollouts. Nobody is asked for a key."""
+def application(
+    limits: Limits, scripted: tuple[str, ...], endpoints: dict[str, tuple[Agent, str]], students: dict[str, Student]
+) -> FastAPI:
+    """The server. scripted, endpoints, students: who can be asked for a rollout, see Rollouts. It asks for no key."""
     sessions = Sessions(limits.sessions, limits.idle)
-    rollouts = Rollouts(scripted, endpoints, limits.rollouts)
+    rollouts = Rollouts(scripted, endpoints, students, limits.rollouts)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI):
@@ -44,6 +46,7 @@ def application(limits: Limits, scripted: tuple[str, ...], endpoints: dict[str, 
 
     app = FastAPI(title="apprentice: Crafter", version=version("apprentice"), lifespan=lifespan)
     app.include_router(openenv.routes(sessions))
+    app.include_router(mcp.routes(sessions))
     app.include_router(http.routes(sessions, rollouts))
 
     @app.exception_handler(Wrong)

@@ -6,11 +6,11 @@ Worlds are moved in threads, so that nobody waits for another's step.
 import asyncio
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from apprentice.environment.messages import ActionBody, Busy, NoSuchSession, ResetRequest, StateBody, Wrong, answer
+from apprentice.environment.messages import Busy, NoSuchSession, ResetRequest, StateBody, Wrong, answer
 from apprentice.workers import cores
 from apprentice.world.world import World
 
@@ -30,18 +30,29 @@ class Session:
             asked = asked.model_copy(update={"seed": secrets.randbelow(2**31)})
         self._world = World(asked.seed, max_steps=asked.max_steps, size=asked.size)
         self._asked, self._steps, self._achievements = asked, 0, ()
-        return answer(self._world.reset())
+        return answer(self._world.seed, 0, self._world.reset())
 
-    def step(self, asked: ActionBody) -> dict:
+    def step(self, action: str) -> dict:
         """Raises Wrong when there is no episode that goes on."""
         if self._world is None:
             raise Wrong("there is no episode yet: reset first")
         if self._world.done:
             raise Wrong("the episode is over: reset first")
-        outcome = self._world.step(asked.action)
+        outcome = self._world.step(action)
         self._steps += 1
         self._achievements += outcome.unlocked
-        return answer(outcome.observation, outcome)
+        return answer(self._world.seed, self._steps, outcome.observation, outcome)
+
+    def act(self, actions: Sequence[str]) -> dict:
+        """Steps until the actions or the episode are over, as one: rewards summed, all that was unlocked."""
+        reward, unlocked = 0.0, []
+        for action in actions:
+            found = self.step(action)
+            reward += found["reward"]
+            unlocked += found["observation"]["unlocked"]
+            if found["done"]:
+                break
+        return found | {"reward": reward, "observation": found["observation"] | {"unlocked": unlocked}}
 
     @property
     def state(self) -> dict:

@@ -9,7 +9,7 @@ import asyncio
 import gc
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -27,6 +27,16 @@ from apprentice.params import Endpoint
 from apprentice.play import Spec, play_one
 from apprentice.policy import Turn
 from apprentice.workers import together
+from apprentice.world.observation import ACTIONS
+
+_WRITTEN = f"""
+
+Write the call as text, in this form and with nothing after it:
+<tool_call>
+{{"name": "act", "arguments": {{"actions": ["noop"]}}}}
+</tool_call>
+The actions are {", ".join(ACTIONS)}."""
+"""What the system prompt ends with for an endpoint without tools."""
 
 
 class Chat:
@@ -52,22 +62,25 @@ class _ChatPlayer:
         self.policy, self.seed, self.decision = policy, seed, 0
 
     async def reply(self, turn: Turn) -> Reply:
-        messages = turn.messages
-        reply, cost = await self._reply(messages, shown_digest(messages, prompt.TOOLS))
+        messages, tools = turn.messages, prompt.TOOLS
+        if not self.policy.client.endpoint.use_tools:
+            system, *others = messages
+            messages, tools = [system | {"content": system["content"] + _WRITTEN}, *others], []
+        reply, cost = await self._reply(messages, tools)
         self.decision += 1
         total = self.policy.costs[self.seed]
         self.policy.costs[self.seed] = None if cost is None or total is None else total + cost
         return replace(reply, message=prompt.in_openai_form(reply.message))
 
-    async def _reply(self, messages: list[dict], shown: str) -> tuple[Reply, float | None]:
-        policy = self.policy
+    async def _reply(self, messages: list[dict], tools: list[dict]) -> tuple[Reply, float | None]:
+        policy, shown = self.policy, shown_digest(messages, tools)
         known = self.decision < policy.kept.get(self.seed, 0)
         if known and (kept := policy.replies.get(self.seed, self.decision, shown)):
             await asyncio.sleep(0)  # the others' turn: a whole episode may be kept
             return kept
         if policy.stopped:
             raise policy.stopped
-        answer = await policy.client.complete(messages, prompt.TOOLS)
+        answer = await policy.client.complete(messages, tools or None)
         reply = Reply(
             answer.message, answer.finish_reason, answer.model, answer.prompt_tokens, answer.completion_tokens
         )
@@ -108,11 +121,13 @@ def record(spec: Spec, endpoint: Endpoint, code: str, whose: str) -> Iterator[by
             def ended(seed: int, episode: Episode, record: bytes) -> None:
                 replies.ended(run, seed, policy.costs[seed], code, record)
                 wrong.update((step.invalid, step.reply.finish_reason) for step in episode.steps)
+                tqdm.write(line(seed, episode.length, episode.unlocked, policy.costs[seed]))
                 progress()
 
             def failed(seed: int, error: NoAnswer) -> None:
                 failures[seed] = str(error)
                 replies.failed(run, seed, failures[seed])
+                tqdm.write(f"seed {seed}: failed, {error}")
                 if len(failures) > max(1, endpoint.max_failure_rate * len(seeds)):
                     policy.stopped = policy.stopped or too_many(spec, endpoint, failures)
                 progress()
@@ -129,6 +144,12 @@ def record(spec: Spec, endpoint: Endpoint, code: str, whose: str) -> Iterator[by
         if failures:
             print(f"{name}: left out, for the next run to try again: {_counted(failures)}", file=sys.stderr)
         yield from replies.records(run, (seed for seed in seeds if seed not in failures))
+
+
+def line(seed: int, steps: int, unlocked: Sequence[str], dollars: float | None) -> str:
+    """What became of an episode."""
+    cost = f", ${dollars:.4f}" if dollars else ""
+    return f"seed {seed}: {steps} steps{cost}, {len(unlocked)} achievements: {', '.join(unlocked) or 'none'}"
 
 
 @contextmanager

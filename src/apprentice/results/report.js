@@ -51,7 +51,7 @@ function headline() {
   $("headline").textContent = students.length > 1
     ? `From ${rate(first)} to ${rate(last)} of Crafter’s achievements`
     : `${agents.at(-1).name}: ${rate(agents.at(-1))} of Crafter’s achievements`;
-  const protocol = { quick: "", balrog: ", by BALROG’s rules", crafter: ", by Crafter’s rules" }[facts.protocol];
+  const protocol = { quick: "", balrog: ", by BALROG’s rules", "almost balrog": ", much as BALROG does", crafter: ", by Crafter’s rules" }[facts.protocol];
   $("lead").textContent = `${whole(facts.worlds)} held-out worlds, at most ${whole(facts.steps)} steps each${protocol}. ` +
     `The student is ${facts.model}` + (expert ? `; the scripted expert gets ${rate(expert)}.` : ".");
 }
@@ -273,15 +273,17 @@ function costs() {
 }
 
 function published() {
-  const { rows, sources, read } = data.published;
+  const { rows, sources, read, second_hand } = data.published;
   $("read").textContent = `Copied ${read}.`;
-  const names = { achievement_rate: "achievement rate", crafter_score: "Crafter score" };
+  const names = { achievement_rate: "achievement rate", crafter_score: "Crafter score", share_of_reward: "share of the largest reward" };
   const value = ({ metric, value, error }) => {
     const digits = metric === "crafter_score" ? 1 : 2;
-    return value.toFixed(digits) + (error ? " ± " + error.toFixed(digits) : "") + (metric === "achievement_rate" ? " %" : "");
+    return value.toFixed(digits) + (error ? " ± " + error.toFixed(digits) : "") + (metric === "crafter_score" ? "" : " %");
   };
+  const kind = ({ kind, temperature }) => kind + (temperature === undefined ? "" : `, temperature ${temperature.toFixed(1)}`);
+  const source = (row) => `${row.source}, ${row.date}` + (second_hand.includes(row.source) ? ", second-hand" : "");
   const body = rows.map((row) => h("tr", {}, td(row.agent), td(value(row)), h("td", { className: "text" }, names[row.metric]),
-    h("td", { className: "text" }, row.kind), h("td", { className: "text", title: sources[row.source] }, row.source)));
+    h("td", { className: "text" }, kind(row)), h("td", { className: "text", title: sources[row.source] }, source(row))));
   $("published-table").append(table([th("published result"), th("value"), th("metric", "text"), th("kind", "text"), th("source", "text")], body));
   $("published").append(...Object.entries(sources).map(([name, text]) => h("p", { className: "note" }, `${name}: ${text}.`)));
 }

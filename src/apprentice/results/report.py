@@ -62,7 +62,7 @@ def gather(settings: Params, worlds: tuple[int, ...] = ()) -> dict:
     statistics = _json("statistics")
     return {
         "facts": {
-            "protocol": benchmark.protocol,
+            "protocol": "almost balrog" if settings.departures else benchmark.protocol,
             "worlds": len(benchmark.seeds),
             "steps": benchmark.steps,
             "profile": settings.profile,

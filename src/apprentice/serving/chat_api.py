@@ -26,6 +26,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from apprentice.errors import WorkError
 from apprentice.params import Sampling
 from apprentice.serving.in_process import generate
 from apprentice.serving.on_vllm import OnVllm
@@ -72,6 +73,12 @@ class Asked(BaseModel):
     user: str | None = None
     store: Literal[False] | None = None
     metadata: dict[str, str] | None = None
+
+    def sampling(self, usual: Sampling) -> Sampling:
+        """How an answer is drawn; usual: what holds where the request says nothing."""
+        most = self.max_completion_tokens or self.max_tokens or usual.max_tokens
+        temperature = usual.temperature if self.temperature is None else self.temperature
+        return usual.model_copy(update={"temperature": temperature, "max_tokens": most})
 
     @model_validator(mode="after")
     def _known(self) -> "Asked":
@@ -138,20 +145,13 @@ class InProcessEngine:
 
     async def answers(self, asked: Asked) -> Answers:
         """Raises Refused for a request that cannot be answered."""
-        try:
-            row = await asyncio.to_thread(encode, self.processor, _messages(asked.messages))
-        except ValueError as error:
-            raise Refused(f"the chat cannot be shown to the student: {error}", "messages") from None
-        temperature = self.sampling.temperature if asked.temperature is None else asked.temperature
-        most = asked.max_completion_tokens or asked.max_tokens or self.sampling.max_tokens
-        room = self.model.config.get_text_config().max_position_embeddings - len(row.prompt_ids)
-        if most > room:
-            raise Refused(
-                f"the prompt leaves {max(0, room)} tokens for the answer, and {most} are asked for", "messages"
-            )
+        sampling = asked.sampling(self.sampling)
+        tokens = self.model.config.get_text_config().max_position_embeddings
+        _, row = await asyncio.to_thread(_shown, asked.messages, self.processor, sampling.max_tokens, tokens, PICTURES)
         generator = np.random.default_rng(asked.seed)
         loop = asyncio.get_running_loop()
-        mine = [_Waiting(row, generator.random(most), temperature, loop.create_future()) for _ in range(asked.n)]
+        draws = [generator.random(sampling.max_tokens) for _ in range(asked.n)]
+        mine = [_Waiting(row, drawn, sampling.temperature, loop.create_future()) for drawn in draws]
         self._waiting += mine
         self._more.set()
         try:
@@ -194,16 +194,19 @@ class InProcessEngine:
 class VllmEngine:
     """The same by vLLM servers, asked by turns."""
 
-    def __init__(self, policy: OnVllm, sampling: Sampling):
+    def __init__(self, policy: OnVllm, sampling: Sampling, tokens: int):
+        """tokens: of a prompt and its answer at most, as the servers were started with; they take one picture."""
+        self.tokens = tokens
         self.name, self.processor, self._policy, self._sampling = policy.name, policy.processor, policy, sampling
         self._turns = itertools.cycle(policy.servers)
 
     async def answers(self, asked: Asked) -> Answers:
         """Raises Refused for a request that cannot be answered, and WorkError when the server doesn't answer."""
-        sampling = self._sampling
-        body: dict[str, Any] = {"messages": _messages(asked.messages), "n": asked.n}
-        body["temperature"] = sampling.temperature if asked.temperature is None else asked.temperature
-        body["max_tokens"] = asked.max_completion_tokens or asked.max_tokens or sampling.max_tokens
+        sampling = asked.sampling(self._sampling)
+        most = sampling.max_tokens
+        messages, _ = await asyncio.to_thread(_shown, asked.messages, self.processor, most, self.tokens, 1)
+        body: dict[str, Any] = {"messages": messages, "n": asked.n}
+        body |= {"temperature": sampling.temperature, "max_tokens": most}
         if asked.seed is not None:
             body["seed"] = asked.seed
         answer = await self._policy.ask(next(self._turns), body)
@@ -232,6 +235,10 @@ def application(engine: Engine) -> FastAPI:
     @app.exception_handler(Refused)
     async def refuse(_: Request, error: Refused) -> JSONResponse:
         return _error(str(error), error.param, error.status)
+
+    @app.exception_handler(WorkError)
+    async def fail(_: Request, error: WorkError) -> JSONResponse:
+        return _error(str(error), "", 503)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
@@ -280,11 +287,28 @@ def _unknown(name: str, known: str) -> Refused:
 
 
 def _error(message: str, param: str, status: int) -> JSONResponse:
-    told = {"message": message, "type": "invalid_request_error", "param": param or None, "code": None}
+    kind = "server_error" if status >= 500 else "invalid_request_error"
+    told = {"message": message, "type": kind, "param": param or None, "code": None}
     return JSONResponse({"error": told}, status)
 
 
-def _messages(messages: list[dict]) -> list[dict]:
+def _shown(
+    messages: list[dict], processor: "Qwen3VLProcessor", most: int, tokens: int, pictures: int
+) -> tuple[list[dict], Encoded]:
+    """The chat as servers take it, and encoded. Raises Refused for one with too many pictures, or that leaves less than
+    `most` of so many tokens for the answer."""
+    chat = _messages(messages, pictures)
+    try:
+        row = encode(processor, chat)
+    except ValueError as error:
+        raise Refused(f"the chat cannot be shown to the student: {error}", "messages") from None
+    room = tokens - len(row.prompt_ids)
+    if most > room:
+        raise Refused(f"the prompt leaves {max(0, room)} tokens for the answer, and {most} are asked for", "messages")
+    return chat, row
+
+
+def _messages(messages: list[dict], most: int) -> list[dict]:
     """The chat as `encode` takes it; its pictures are PNG data URLs. Raises Refused for what cannot be shown."""
     found, pictures = [], 0
     for place, message in enumerate(messages):
@@ -297,8 +321,8 @@ def _messages(messages: list[dict]) -> list[dict]:
         elif not isinstance(message.get("content"), str | None):
             raise Refused(f"messages.{place}.content is neither text nor a list of parts", f"messages.{place}.content")
         found.append(message | {"content": message.get("content") or ""})
-    if pictures > PICTURES:
-        raise Refused(f"there are {pictures} pictures; {PICTURES} may be", "messages")
+    if pictures > most:
+        raise Refused(f"there are {pictures} pictures; {most} may be", "messages")
     return found
 
 

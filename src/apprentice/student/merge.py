@@ -1,18 +1,21 @@
 """An adapter merged into its base model: a model of its own, for servers and tools that know no adapters."""
 
 import json
+import shutil
 from pathlib import Path
 
 from apprentice.errors import ConfigError, WorkError
 from apprentice.files import replacing
 from apprentice.student import adapter as adapters
+from apprentice.student import card
 
 
 def merge(adapter: Path, out: Path, base: str | None = None) -> None:
     """Write the folder `out`: weights in the base's own precision, processor with chat template, model card.
 
-    base: a folder or the name of a hub's model; if not given, models/base, or what the adapter names where that is not
-    there. An adapter trained on a quantised base is merged into the base as it was before.
+    base: a folder or the name of a hub's model; if not given, the one that the adapter carries, models/base, or what
+    the adapter names, whichever is there. An adapter trained on a quantised base is merged into the base as it was
+    before.
     Raises ConfigError if there is no adapter or `out` is in use, WorkError if adapter and base don't fit.
     """
     if not (adapter / "adapter_config.json").is_file():
@@ -26,29 +29,27 @@ def merge(adapter: Path, out: Path, base: str | None = None) -> None:
     from apprentice.student import loading
 
     config = json.loads((adapter / "adapter_config.json").read_text())
-    base = base or (str(adapters.BASE) if adapters.BASE.is_dir() else config["base_model_name_or_path"])
-    revision = config["revision"] if base == config["base_model_name_or_path"] else None
+    named, carried = config["base_model_name_or_path"], adapter / adapters.CARRIED
+    base = base or next((str(folder) for folder in (carried, adapters.BASE) if folder.is_dir()), named)
+    revision = config["revision"] if base == named else None
     try:
         model = AutoModelForImageTextToText.from_pretrained(base, revision=revision, dtype="auto")
         model = PeftModel.from_pretrained(model, adapter).merge_and_unload(safe_merge=True)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         why = " ".join(str(error).split())[:300]
         raise WorkError(f"{adapter} and {base} don't fit: {why}; name its base model with --base") from None
-    front = {
-        "base_model": config["base_model_name_or_path"],
-        "base_model_relation": "finetune",
-        "library_name": "transformers",
-        "pipeline_tag": "image-text-to-text",
-        "tags": adapters.TAGS,
-    }
+    metadata = {"base_model": named, "base_model_relation": "finetune"} if config["revision"] else {}
+    metadata |= {"license": card.license_of(adapter), "library_name": "transformers"}
     about = (
-        f"`{config['base_model_name_or_path']}` with an adapter of apprentice merged into it; it plays "
-        "[Crafter](https://github.com/danijar/crafter). Load it with `AutoModelForImageTextToText` and "
-        "`AutoProcessor`, or `vllm serve` with `--enable-auto-tool-choice --tool-call-parser hermes`."
+        f"The adapter `{adapter.name}` of apprentice and its base model `{named}` as one; it plays "
+        "[Crafter](https://github.com/danijar/crafter)."
     )
-    headings = ("Data", "Metrics", "Settings", "Made with")
-    sections = {heading: text for heading in headings if (text := adapters.section(adapter, heading))}
+    sections = {"Use": card.merged(card.section(adapter, "Use"), str(out))}
+    sections |= {heading: card.section(adapter, heading) for heading in ("Data", "Metrics", "Settings", "Made with")}
     with replacing(out) as folder:
         model.save_pretrained(folder)
         loading.processor(adapter).save_pretrained(folder)
-        adapters.write_card(folder, front, f"apprentice, {adapter.name} merged", about, sections)
+        for picture in adapter.glob(card.PICTURES):
+            shutil.copy(picture, folder)
+        written = {heading: text for heading, text in sections.items() if text}
+        card.write(folder, f"{adapter.name} merged", about, written, metadata, card.results_of(adapter))
