@@ -1,4 +1,4 @@
-"""rl: the student improves on its own play, from models/sft on; the adapter goes to models/rl.
+"""rl: the student improves on its own play, from models/distill on; the adapter goes to models/rl.
 
     dvc repro rl        or: python stages/rl.py
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from apprentice.training.rl import RlTrainer
     from apprentice.training.self_play import SelfPlay
 
-BASE, SFT, OUT = Path("models/base"), Path("models/sft"), Path("models/rl")
+BASE, START, OUT = Path("models/base"), Path("models/distill"), Path("models/rl")
 ROLLOUTS = Path("data/rl/rollouts.parquet")
 
 
@@ -52,7 +52,7 @@ def main() -> None:
     if judge:
         shaping["judge"] = judge.model_dump(mode="json", include={"outcome", "events"})
         shaping["judge"]["endpoint"] = judge.endpoint.asked
-    shaping["inputs"] = [digest(folder, without="README.md") for folder in (BASE, SFT)]
+    shaping["inputs"] = [digest(folder, without="README.md") for folder in (BASE, START)]
     serving = compute.load().vllm
     plan = vllm.plan(serving, gpus.names(), training=True)
     ranks, rows, accumulation = devices.layout(rl.batch_size, rl.micro_batch_size, on=plan.training)
@@ -61,7 +61,7 @@ def main() -> None:
     made_by = code(__file__, afterwards=("student.adapter", "student.card"))
     folder = cache_folder() / "rl" / fingerprint(**shaping, dtype=profile.dtype, code=made_by)
     relief = f"What helps, in this order, under profiles.{settings.profile}.rl: micro_batch_size, zero.stage: 2"
-    with vllm.Servers(plan, serving, BASE, profile.dtype, [SFT]) as students:
+    with vllm.Servers(plan, serving, BASE, profile.dtype, [START]) as students:
         work = (train, ranks, profile, judge, folder, rows, accumulation, students.servers, plan.sleeps)
         devices.launch(*work, group=rl.zero.stage > 0, relief=relief, on=plan.training)
 
@@ -86,7 +86,7 @@ def train(
 
     rl = profile.rl
     args = arguments(profile, folder, rows, accumulation)
-    model, processor = loading.load(BASE, SFT, profile.dtype, trainable=True, quantization=rl.quantization)
+    model, processor = loading.load(BASE, START, profile.dtype, trainable=True, quantization=rl.quantization)
     if servers:
         probe = Probe(rl.seeds, profile.prompt, rl.temperature, rl.max_sampler_mismatch)
         sampler = VllmSampler(servers, processor, folder / "policies", probe, profile.sampling.max_tokens, sleeping)
@@ -133,7 +133,7 @@ def iterations(
         if iteration % rl.evaluation.every == 0:
             play.evaluate(iteration)
         last = trainer.history[-1] if trainer.history else {}
-        within("the KL divergence to the SFT policy", last.get("kl", 0.0), rl.max_kl, trainer)
+        within("the KL divergence to the policy at the start", last.get("kl", 0.0), rl.max_kl, trainer)
         if not last.get("staleness"):  # an older policy is another one
             mismatch = last.get("sampler_mismatch", 0.0)
             within("the sampler's distance from the trainer", mismatch, rl.max_sampler_mismatch, trainer)
@@ -271,7 +271,7 @@ def write_plots(history: list[dict], held_out: list[dict], rl: params.Rl) -> Non
 def metrics_of(history: list[dict], held_out: list[dict], best: dict, judge: params.Judge | None, stopped: str) -> dict:
     """metrics/rl.json."""
     metrics = {"iterations": len(history), "stopped": stopped or None, "best_iteration": best["iteration"]}
-    rows = {"first": history[0], "last": history[-1], "held_out_sft": held_out[0], "held_out_best": best}
+    rows = {"first": history[0], "last": history[-1], "held_out_first": held_out[0], "held_out_best": best}
     for when, row in rows.items():
         metrics |= {f"{when}_{name}": row[name] for name in ("reward", "achievements")}
     if judge:
@@ -294,7 +294,7 @@ def write_card(
     seeds = {"seeds": True, "evaluation": {"seeds"}}  # hundreds
     settings = {name: section.model_dump(mode="json", exclude=seeds) for name, section in shown.items()}
     sections = {
-        "Data": f"{card.section(SFT, 'Data')}\n\nThen {iterations} iterations on its own play, "
+        "Data": f"{card.section(START, 'Data')}\n\nThen {iterations} iterations on its own play, "
         f"{rl.groups * rl.group_size} episodes each, of worlds from {rl.seeds[0]} on.",
         "Metrics": card.table(("metric", "value"), metrics.items()),
         "Settings": card.settings({"dtype": profile.dtype, **settings}),

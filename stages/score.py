@@ -70,7 +70,7 @@ def show(scores: dict, differences: dict, warnings: list[str]) -> None:
         )
     console = Console(width=None, highlight=False)
     console.print(table)
-    for pair in ("sft - base", "rl - sft"):
+    for pair in ("sft - base", "distill - sft", "rl - distill"):
         if pair in differences:
             row = differences[pair]
             low, high = row["ci95"]

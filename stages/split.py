@@ -50,8 +50,7 @@ def main() -> None:
                         counts["invalid"] += 1  # kept by the filter's settings, but no target to learn
                         continue
                     row = chat_rows.row(episode, step, shown_with, split.include_rationale)
-                    said = {"role": "assistant", "content": prompt.spoken(row["messages"][-1])}
-                    if refused := prompt.parse(said, shown_with.max_actions).invalid:
+                    if refused := chat_rows.refused(row, shown_with.max_actions):
                         unplayable[refused] += 1  # the student could say it, but not do it
                         continue
                     characters += chat_rows.characters(row["messages"])

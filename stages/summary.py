@@ -15,12 +15,14 @@ from apprentice.stage import run, write_metrics
 
 def main() -> None:
     """Write metrics/summary.json: achievement rates in percent, and how data and training went."""
-    benchmark, filtered, sft, rl = (read(name) for name in ("benchmark", "filter", "sft", "rl"))
+    names = ("benchmark", "filter", "sft", "distill", "rl")
+    benchmark, filtered, sft, distill, rl = map(read, names)
     summary = {
         "kept_decisions": filtered["decisions"]["kept"],
         "achievement_rate": {name: round(100 * row["achievement_rate"], 2) for name, row in benchmark.items()},
         "sft_val_loss": rounded(sft["val_loss"], 4),
         "sft_agreement": rounded(agreement(), 4),
+        "distill_agreement": rounded(distill["rounds"][-1]["agreement"], 4) if distill["rounds"] else None,
         "rl_held_out_reward": round(rl["held_out_best_reward"], 3),
     }
     write_metrics("summary", summary)

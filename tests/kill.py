@@ -33,7 +33,7 @@ from apprentice.workers import cores
 KILLS, TRIES = 2, 6
 """How often each stage is killed, and how often at most it may be at its end before, after which it begins anew."""
 COMMANDS = (
-    "settings", "collect expert", "collect paid", "import others", "filter", "split", "student", "sft", "rl",
+    "settings", "collect expert", "collect paid", "import others", "filter", "split", "student", "sft", "distill", "rl",
     "agreement", "benchmark expert", "benchmark_student sft", "score", "summary", "report",
 )  # fmt: skip
 """Stages with their arguments, in an order in which they can run. Agents and students of the benchmark are alike."""

@@ -31,6 +31,12 @@ QWEN = {
     "profiles.qwen2b.sft.batch_size": 8,
     "profiles.qwen2b.sft.micro_batch_size": 2,
     "profiles.qwen2b.sft.epochs": 1,
+    "profiles.qwen2b.distill.rounds": 2,
+    "profiles.qwen2b.distill.worlds": 2,
+    "profiles.qwen2b.distill.max_steps": 4,
+    "profiles.qwen2b.distill.steps": 2,
+    "profiles.qwen2b.distill.batch_size": 8,
+    "profiles.qwen2b.distill.micro_batch_size": 2,
     "profiles.qwen2b.rl.evaluation": {"seeds": "310000-310001", "every": 2},
     "profiles.qwen2b.rl.iterations": 2,
     "profiles.qwen2b.rl.groups": 2,
@@ -92,10 +98,10 @@ def ran(address, tmp_path_factory) -> Path:
 
 def test_every_stage_ends_in_its_outputs(ran):
     scores = json.loads((ran / "metrics/benchmark.json").read_text())
-    assert list(scores) == ["random", "noop", "expert", "base", "sft", "rl"]
+    assert list(scores) == ["random", "noop", "expert", "base", "sft", "distill", "rl"]
     rows = [json.loads(line) for line in (ran / "data/sft/train.jsonl").open()]
     assert len(rows) > 20 and rows[0]["messages"][0]["role"] == "system"
-    for name in ("sft", "rl"):
+    for name in ("sft", "distill", "rl"):
         assert (ran / "models" / name / "adapter_model.safetensors").stat().st_size > 10_000
     metrics = json.loads((ran / "metrics/rl.json").read_text())
     assert metrics["iterations"] == 2 and metrics["stopped"] is None

@@ -32,7 +32,7 @@ def test_without_the_file_everything_runs_here(tmp_path):
         ("stages: {sft: {wher: sky}}", "stages.sft.wher: unknown key; known there: where, accelerators"),
         (
             "stages: {filter: {where: sky}}",
-            "stages.filter: Input should be 'student', 'sft', 'rl', 'agreement' or 'benchmark_student'",
+            "stages.filter: Input should be 'student', 'sft', 'distill', 'rl', 'agreement' or 'benchmark_student'",
         ),
         (
             "stages: {sft: {any_of: [{infra: nebius, zone: a}]}}",

@@ -110,6 +110,7 @@ SHAPED = {
     "collect": {"world/terrain.py", "world/png.py", "play.py", "store.py", "prompt.py"},
     "split": {"data/chat_rows.py", "data/dataset.py", "prompt.py"},
     "sft": {"training/sft.py", "training/examples.py", "student/encoding.py", "student/card.py"},
+    "distill": {"training/distillation.py", "training/sft.py", "training/rollouts.py", "players/expert.py", "play.py"},
     "rl": {"training/rl.py", "training/self_play.py", "training/advantages.py", "serving/vllm.py", "world/rules.py"},
     "report": {f"results/report.{kind}" for kind in ("py", "html", "css", "js")} | {"results/published.yaml"},
 }
@@ -117,7 +118,15 @@ NOT_SHAPED = {
     "collect": {"training/rl.py", "student/loading.py", "results/report.py", "params.py", "players/random.py"},
     "split": {"world/terrain.py", "student/loading.py", "training/sft.py"},
     "sft": {"world/terrain.py", "training/rl.py", "results/report.py", "endpoint/prices.yaml", "errors.py"},
-    "rl": {"results/report.js", "endpoint/client.py", "cloud/launch.py", "environment/gymnasium_env.py", "cli/play.py"},
+    "distill": {"results/report.js", "endpoint/client.py", "training/advantages.py", "cloud/launch.py"},
+    "rl": {
+        "training/distillation.py",
+        "results/report.js",
+        "endpoint/client.py",
+        "cloud/launch.py",
+        "environment/gymnasium_env.py",
+        "cli/play.py",
+    },
     "score": {"results/report.py", "training/sft.py"},
 }
 
@@ -153,7 +162,7 @@ def test_checkpoints_are_lost_to_an_edit_of_what_shapes_them_and_to_no_other(mon
     digest = fingerprint.digest
     monkeypatch.setattr(fingerprint, "digest", lambda path: "edited" if path in edited else digest(path))
     files = [path for path in PACKAGE.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
-    for name in ("sft", "rl"):
+    for name in ("sft", "distill", "rl"):
         stage, afterwards = ROOT / f"stages/{name}.py", ("student.adapter", "student.card")
         shaped, before = shaping(stage, (), afterwards)[0], code(stage, (), afterwards)
         assert len(shaped) < len(files) / 2
@@ -255,7 +264,7 @@ def direct(repository) -> Iterator[Callable[[], set[str]]]:
 
 
 AGENTS = {"benchmark@random", "benchmark@noop", "benchmark@expert"}
-STUDENTS = {"benchmark_student@base", "benchmark_student@sft", "benchmark_student@rl"}
+STUDENTS = {f"benchmark_student@{name}" for name in ("base", "sft", "distill", "rl")}
 
 
 @pytest.mark.parametrize(
@@ -263,14 +272,15 @@ STUDENTS = {"benchmark_student@base", "benchmark_student@sft", "benchmark_studen
     [
         ("teachers.expert.explore", 0.3, {"collect@expert", "report"}),
         ("filter.min_steps_per_episode", 7, {"filter"}),
-        ("split.random_seed", 43, {"split"}),
-        ("profiles.tiny.dtype", "bfloat16", {"sft", "rl", "agreement", *STUDENTS}),
-        ("profiles.tiny.prompt.history", 3, {"split", "student", "rl", *STUDENTS}),
-        ("profiles.tiny.sampling.temperature", 0.9, {"rl", "agreement", *STUDENTS}),
-        ("profiles.tiny.sampling.max_tokens", 20, {"sft", "rl", "agreement", *STUDENTS}),
+        ("split.random_seed", 43, {"split", "distill"}),
+        ("profiles.tiny.dtype", "bfloat16", {"sft", "distill", "rl", "agreement", *STUDENTS}),
+        ("profiles.tiny.prompt.history", 3, {"split", "student", "distill", "rl", *STUDENTS}),
+        ("profiles.tiny.sampling.temperature", 0.9, {"distill", "rl", "agreement", *STUDENTS}),
+        ("profiles.tiny.sampling.max_tokens", 20, {"sft", "distill", "rl", "agreement", *STUDENTS}),
         ("profiles.tiny.rl.evaluation.seeds", "310000", {"import@others", "rl"}),
-        ("profiles.tiny.student.random_seed", 1, {"student", "sft", "rl", "report"}),
-        ("profiles.tiny.sft.learning_rate", 1e-3, {"sft"}),
+        ("profiles.tiny.student.random_seed", 1, {"student", "sft", "distill", "rl", "report"}),
+        ("profiles.tiny.sft.learning_rate", 1e-3, {"sft", "distill"}),
+        ("profiles.tiny.distill.rounds", 2, {"distill"}),
         ("profiles.tiny.rl.learning_rate", 1e-4, {"rl"}),
         ("benchmark.max_steps", 100, {*AGENTS, *STUDENTS, "score", "report"}),
         ("benchmark.protocol", "balrog", {*AGENTS, *STUDENTS, "score", "report"}),
@@ -345,7 +355,7 @@ def test_a_library_that_computes_reruns_what_computes_with_it(repository):
     original = path.read_text()
     path.write_text(original.replace("peft: '", "peft: '9"))
     repository._reset()
-    assert stale(repository) == {"student", "sft", "rl", "agreement", *STUDENTS}
+    assert stale(repository) == {"student", "sft", "distill", "rl", "agreement", *STUDENTS}
     path.write_text(original)
     repository._reset()
 
@@ -356,7 +366,7 @@ def test_nothing_reruns_when_nothing_changed(repository):
 
 def test_a_changed_sft_reruns_all_that_comes_after_it(repository):
     set_params("profiles.tiny.sft.learning_rate", 1e-3)
-    after = {"rl", "agreement", "benchmark_student@sft", "benchmark_student@rl", "score", "summary", "report"}
+    after = {"distill", "rl", "agreement", *(STUDENTS - {"benchmark_student@base"}), "score", "summary", "report"}
     assert rerun(repository) == {"sft", *after}
 
 

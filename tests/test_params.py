@@ -211,6 +211,22 @@ def test_1e_5_without_a_point_is_a_number(tmp_path):
         ({"profiles__tiny__sft__lora__rank": 513}, ["profiles.tiny.sft.lora.rank", "less than or equal to 512"]),
         ({"split__include_images": False}, ["split.include_images: unknown key"]),
         (
+            {"profiles__tiny__distill__seeds": "200000-200999"},
+            ["profiles.tiny.distill.seeds and benchmark.seeds share", "for example 200000"],
+        ),
+        (
+            {"profiles__tiny__distill__seeds": "309000-310000"},
+            ["profiles.tiny.distill.seeds and profiles.tiny.rl.evaluation.seeds share 1 seeds"],
+        ),
+        (
+            {"profiles__tiny__distill__seeds": "400000-400001"},
+            ["profiles.tiny.distill: worlds is 64, and seeds are 2; name more seeds"],
+        ),
+        (
+            {"profiles__tiny__distill__teacher": {"policy": "expert", "prompt": {"max_actions": 5}}},
+            ["profiles.tiny.distill.teacher.prompt.max_actions is 5", "profiles.tiny.prompt.max_actions is 1"],
+        ),
+        (
             {"teachers__x": CHAT | {"prompt": {"mode": "image", "max_actions": 5}}},
             ["teachers.x.prompt.max_actions is 5", "profiles.tiny.prompt.max_actions is 1", "set both to the same"],
         ),
@@ -466,7 +482,7 @@ def test_reading_parameters_loads_nothing_heavy():
     assert not {"torch", "crafter", "transformers", "torchvision", "numba", "datasets"} & set(loaded)
 
 
-OWN = {"extends": "tiny", "prompt": {}, "sampling": {}, "student": {}, "sft": {}, "rl": {}}
+OWN = {"extends": "tiny", "prompt": {}, "sampling": {}, "student": {}, "sft": {}, "distill": {}, "rl": {}}
 
 
 def test_a_profile_has_what_it_does_not_name_from_the_one_that_it_extends(tmp_path):

@@ -14,7 +14,7 @@ from small import SMALL, checkout, environment, stage, started, wait_for, yaml
 
 from apprentice import store
 
-TRAINING = ("sft", "rl")
+TRAINING = ("sft", "distill", "rl")
 
 
 @pytest.fixture(scope="module")
@@ -28,24 +28,24 @@ def ran(tmp_path_factory) -> Path:
 
 def test_the_benchmark_says_how_every_agent_plays(ran):
     scores = json.loads((ran / "metrics/benchmark.json").read_text())
-    assert list(scores) == ["random", "noop", "expert", "base", "sft", "rl"]
+    assert list(scores) == ["random", "noop", "expert", "base", "sft", "distill", "rl"]
     for row in scores.values():
         assert row["episodes"] == 4 and row["steps_mean"] == 10
         assert 0 <= row["achievement_rate_ci95"][0] <= row["achievement_rate"] <= row["achievement_rate_ci95"][1] <= 1
         assert len(row["achievements"]) == 22
         assert {"crafter_score", "reward", "invalid_rate"} <= row.keys()
     assert scores["noop"]["achievement_rate"] == 0 < scores["expert"]["achievement_rate"]
-    assert "rl - sft" in json.loads((ran / "metrics/differences.json").read_text())
+    assert "rl - distill" in json.loads((ran / "metrics/differences.json").read_text())
 
 
 def test_a_table_and_a_page_show_it(ran):
-    row = json.loads((ran / "metrics/differences.json").read_text())["rl - sft"]
+    row = json.loads((ran / "metrics/differences.json").read_text())["rl - distill"]
     assert row["pairs"] == 4 and row["p"] <= row["p_holm"] <= 1
     assert any(
         "too few" in warning for warning in json.loads((ran / "metrics/statistics.json").read_text())["warnings"]
     )
     summary = json.loads((ran / "metrics/summary.json").read_text())
-    assert list(summary["achievement_rate"]) == ["random", "noop", "expert", "base", "sft", "rl"]
+    assert list(summary["achievement_rate"]) == ["random", "noop", "expert", "base", "sft", "distill", "rl"]
     page = (ran / "metrics/report.html").read_bytes()
     assert 100_000 < len(page) < 10_000_000
 
@@ -61,7 +61,7 @@ def test_dvc_shows_few_columns_and_draws_its_plots(ran):
     assert list(metrics[""]["data"]) == ["metrics/summary.json"]
     stage(ran, ran.parent / "cache", "-m", "dvc", "plots", "show", "--out", "plots")
     page = (ran / "plots/index.html").read_text()
-    wanted = ["SFT loss", "RL reward", "RL actions", "Success by achievement", "Achievement rate"]
+    wanted = ["SFT loss", "Distillation loss", "RL reward", "RL actions", "Success by achievement", "Achievement rate"]
     wanted += ["Student against teacher"]
     for title in wanted:
         assert title in page, title
@@ -94,7 +94,12 @@ def test_adapters_are_peft_folders_without_checkpoints(ran):
 
 
 def test_curves_are_there_to_plot(ran):
-    for name, columns in (("sft_train", "step,loss"), ("sft_val", "step,loss"), ("rl", "step,reward,achievements")):
+    for name, columns in (
+        ("sft_train", "step,loss"),
+        ("sft_val", "step,loss"),
+        ("distill", "round,"),
+        ("rl", "step,reward,achievements"),
+    ):
         lines = (ran / f"metrics/plots/{name}.csv").read_text().splitlines()
         assert lines[0].startswith(columns) and len(lines) > 1, name
     assert len((ran / "metrics/plots/rl.csv").read_text().splitlines()) == 1 + SMALL["profiles.tiny.rl.iterations"]
@@ -170,6 +175,7 @@ def test_killed_training_ends_in_the_same_adapter(ran, tmp_path, name):
     process = started(top, cache, f"stages/{name}.py")
     well_begun = {
         "sft": lambda: list(cache.glob("sft/*/checkpoint-*/trainer_state.json")),
+        "distill": lambda: _recorded(cache, "% 1 %"),  # of the second round
         "rl": lambda: _recorded(cache, "% train 1 %"),
     }
     wait_for(well_begun[name], process)

@@ -160,7 +160,9 @@ class Vllm(Section):
 
 class Compute(Section):
     vllm: Vllm = Vllm()
-    stages: dict[Literal["student", "sft", "rl", "agreement", "benchmark_student"], Stage] = Field(default_factory=dict)
+    stages: dict[Literal["student", "sft", "distill", "rl", "agreement", "benchmark_student"], Stage] = Field(
+        default_factory=dict
+    )
     """Those that have something to do for a GPU; one that isn't named runs here."""
 
 

@@ -186,20 +186,25 @@ class Agent(Section):
         return self
 
 
-class Teacher(Agent):
-    seeds: Seeds
-    max_steps: Annotated[int, Field(ge=1, le=10_000)] = 200
-    """Environment steps after which an episode ends."""
-    explore: Fraction = 0.0
-    """Share of actions replaced by random ones when executed; the trace keeps the teacher's own as the label."""
+class Tutor(Agent):
+    """Who labels the student's own states, or plays as a teacher."""
+
     rationale: bool = False
-    """The expert says in a sentence what it is about to do; the text beside its tool call in the trace."""
+    """The expert says in a sentence what it is about to do; the text beside its tool call."""
 
     @model_validator(mode="after")
     def _has_reasons(self):
         if self.rationale and self.policy != "expert":
             raise ValueError(f"rationale: the policy {self.policy!r} has no reasons; remove it, or set policy: expert")
         return self
+
+
+class Teacher(Tutor):
+    seeds: Seeds
+    max_steps: Annotated[int, Field(ge=1, le=10_000)] = 200
+    """Environment steps after which an episode ends."""
+    explore: Fraction = 0.0
+    """Share of actions replaced by random ones when executed; the trace keeps the teacher's own as the label."""
 
 
 Action = Literal[
@@ -415,6 +420,55 @@ class Sft(Section):
         return self
 
 
+class Distill(Section):
+    """On-policy distillation: rounds of the student's own play, in which a teacher labels its states (DAgger).
+
+    A round trains on the labels of all rounds so far, all weighted alike, and on rows of sft.
+    """
+
+    rounds: NonNegativeInt
+    """0: none, and models/distill is models/sft."""
+    seeds: Seeds
+    """World seeds to play on, taken in order and again from the start when used up."""
+    worlds: PositiveInt
+    """Episodes a round, each on a world of its own."""
+    max_steps: Annotated[int, Field(ge=1, le=10_000)]
+    """Environment steps after which an episode ends."""
+    teacher: Tutor
+    """Who says what it would have done. A model behind an endpoint is paid for each of the student's decisions."""
+    teacher_share: Fraction = 0.0
+    """Share of the first round's decisions in which the teacher's answer is carried out, drawn one by one."""
+    teacher_decay: Fraction = 0.5
+    """Times this, from one round to the next."""
+    sft_share: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    """Share of a round's rows that come from data/sft/train.jsonl."""
+    steps: PositiveInt
+    """Optimizer steps a round."""
+    batch_size: PositiveInt = 32
+    """Rows an optimizer step, over all devices."""
+    micro_batch_size: PositiveInt = 16
+    """The most rows that a device takes at once; the number of devices and of accumulation steps follow."""
+    learning_rate: PositiveFloat = 2e-5
+    """The highest; the schedule falls over all rounds together."""
+    warmup_ratio: Fraction = 0.03
+    lr_scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "cosine"
+    weight_decay: NonNegativeFloat = 0.0
+    max_grad_norm: PositiveFloat = 1.0
+    gradient_checkpointing: bool = False
+    """Compute activations again instead of keeping them: less memory, a third more time."""
+    quantization: Literal["nf4"] | None = None
+    """Train on a base held in 4 bits (QLoRA, arXiv 2305.14314). It's played with the whole base."""
+    max_sampler_mismatch: PositiveFloat = 0.1
+    """As rl has it, for a server that plays: it is tested before each round."""
+    random_seed: NonNegativeInt = 0
+
+    @model_validator(mode="after")
+    def _worlds_of_their_own(self):
+        if self.worlds > len(self.seeds):
+            raise ValueError(f"worlds is {self.worlds}, and seeds are {len(self.seeds)}; name more seeds")
+        return self
+
+
 Achievement = Literal[
     "collect_coal", "collect_diamond", "collect_drink", "collect_iron", "collect_sapling", "collect_stone",
     "collect_wood", "defeat_skeleton", "defeat_zombie", "eat_cow", "eat_plant", "make_iron_pickaxe", "make_iron_sword",
@@ -494,14 +548,15 @@ class Rl(Section):
     clip_low: PositiveFloat = 0.2
     clip_high: PositiveFloat = 0.2
     kl_coefficient: NonNegativeFloat = 0.1
-    """Weight of the KL divergence to the SFT policy. At 0.01 the form of the tiny student's tool call drifted."""
+    """Weight of the KL divergence to the policy at the start. With 0.01 the tiny student's form of a call drifted."""
     entropy_coefficient: float = 0.0
     """Weight of the mean entropy of a token, as a bonus; below 0 it's a price."""
     max_grad_norm: PositiveFloat = 1.0
     max_invalid_rate: Fraction = 0.3
     """Share of replies in an iteration's play that cannot be read; with more, training stops."""
     max_kl: PositiveFloat = 0.3
-    """KL divergence to the SFT policy, nats a token, mean of what an iteration trains on; with more, training stops."""
+    """KL divergence to the policy at the start, nats a token, mean of what an iteration trains on; with more, training
+    stops."""
     max_sampler_mismatch: PositiveFloat = 0.1
     """Distance of the sampler's log-probabilities from the trainer's for the same weights, nats a token; with more,
     training stops. bfloat16 on vLLM has about 0.01. A server is tested by it, too, before it plays."""
@@ -578,6 +633,7 @@ class Profile(Section):
         Discriminator(_kind_of_student),
     ]
     sft: Sft
+    distill: Distill
     rl: Rl
 
 
@@ -701,7 +757,10 @@ class Params(Section):
                 )
         for name, teacher in self.teachers.items():
             _teachable(f"teachers.{name}", teacher, f"profiles.{self.profile}", self.active, self.split)
+        where = f"profiles.{self.profile}"
+        _teachable(f"{where}.distill.teacher", self.active.distill.teacher, where, self.active, self.split)
         uses = {f"teachers.{name}.seeds": teacher.seeds for name, teacher in self.teachers.items()}
+        uses[f"{where}.distill.seeds"] = self.active.distill.seeds
         uses[f"profiles.{self.profile}.rl.seeds"] = self.active.rl.seeds
         uses[f"profiles.{self.profile}.rl.evaluation.seeds"] = self.active.rl.evaluation.seeds
         if isinstance(self.active.student, TinyStudent):
@@ -711,7 +770,7 @@ class Params(Section):
         return self
 
 
-def _teachable(where: str, teacher: Teacher, student: str, profile: Profile, split: Split) -> None:
+def _teachable(where: str, teacher: Tutor, student: str, profile: Profile, split: Split) -> None:
     """Raise ValueError for a teacher whose replies the student's own play would not take."""
     asked, allowed = teacher.prompt.max_actions, profile.prompt.max_actions
     if asked > allowed:
@@ -789,7 +848,7 @@ def _checked(path: Path, tree: Any) -> Params:
     return checked(path, whole, Params, inherited)
 
 
-SECTIONS = ("prompt", "sampling", "student", "sft", "rl")
+SECTIONS = ("prompt", "sampling", "student", "sft", "distill", "rl")
 """What every profile names, if only as {}: dvc.yaml has a stage depend on the sections that it uses."""
 
 

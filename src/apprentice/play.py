@@ -95,9 +95,11 @@ async def play_one(policy: Policy, spec: Spec, seed: int) -> Episode:
     return Episode(spec.agent or policy.name, seed, tuple(steps), spec.prompt.model_dump_json())
 
 
-def play(
-    policy: Policy, spec: Spec, ended: Callable[[int, Episode], None] = lambda place, episode: None
-) -> list[Episode]:
+def _nothing(place: int, episode: Episode) -> None:
+    pass
+
+
+async def play_all(policy: Policy, spec: Spec, ended: Callable[[int, Episode], None] = _nothing) -> list[Episode]:
     """Play all of a spec's episodes at once, and return them in the order of its seeds.
 
     ended: called with each episode, and its place, when it ends.
@@ -108,7 +110,12 @@ def play(
         ended(place, episode)
         return episode
 
-    return asyncio.run(together(one(place, seed) for place, seed in enumerate(spec.seeds)))
+    return await together(one(place, seed) for place, seed in enumerate(spec.seeds))
+
+
+def play(policy: Policy, spec: Spec, ended: Callable[[int, Episode], None] = _nothing) -> list[Episode]:
+    """`play_all`, to its end."""
+    return asyncio.run(play_all(policy, spec, ended))
 
 
 def record(

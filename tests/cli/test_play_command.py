@@ -65,7 +65,7 @@ def test_a_film_has_a_frame_for_each_step(folder):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["nobody"], "there is no agent 'nobody'; there are random, noop, expert, base, sft, rl, api, me"),
+        (["nobody"], "there is no agent 'nobody'; there are random, noop, expert, base, sft, distill, rl, api, me"),
         (["me"], "needs a terminal"),
         (["expert", "--gif", "a.mp4"], "a.mp4 must end in .gif"),
         (["rl"], "rl needs models/base, which is not there; make it by dvc repro"),

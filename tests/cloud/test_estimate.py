@@ -80,7 +80,7 @@ def lines(settings: params.Params, **places: dict) -> dict[str, dict]:
 def test_what_was_not_measured_is_a_range_with_its_reason(settings, size):
     model = f"Qwen/Qwen3-VL-{size}-Instruct"
     found = lines(settings(profile="qwen2b", profiles__qwen2b__student__model=model))
-    for stage in ("sft", "rl", "agreement", "benchmark_student"):
+    for stage in ("sft", "distill", "rl", "agreement", "benchmark_student"):
         for name in ("hours", "gpu_hours", "usd"):
             low, high = found[stage][name]
             assert 0 < 1.5 * low < high, (stage, name)
@@ -214,7 +214,7 @@ def test_imported_lines_are_rows_to_train_on(settings, tmp_path):
 
 def test_a_student_without_rates_is_not_guessed(settings):
     found = estimate(settings(profile="qwen2b", profiles__qwen2b__student__model="Qwen/Qwen3-VL-32B-Instruct"))
-    assert found["unknown"] == ["sft", "rl", "agreement", "benchmark_student"]
+    assert found["unknown"] == ["sft", "distill", "rl", "agreement", "benchmark_student"]
     assert found["stages"][-1]["tokens"] > 0 and found["stages"][-1]["hours"] is None
 
 

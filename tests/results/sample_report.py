@@ -82,10 +82,11 @@ def made(folder: Path) -> dict:
         "filter": {"episodes": {"read": 10, "kept": 9}, "decisions": {"read": 900, "deduplicate": 50, "kept": 850}},
         "split": {"train_rows": 800, "val_rows": 50, "val_seeds": 1},
         "cost": {"teachers": {"expert": _play(900)}, "judge_usd": 0.0},
+        "distill": {"rounds": [], "decisions": 80, "cost_usd": 0.0},
         "benchmark/expert": _play(90),
         "benchmark/sft": _play(120),
     }
-    stages = ("collect-expert", "filter", "split", "student", "sft", "agreement", "rl", "benchmark-expert")
+    stages = ("collect-expert", "filter", "split", "student", "sft", "agreement", "distill", "rl", "benchmark-expert")
     metrics |= {
         f"times/{stage}": {"seconds": 12.5, "cores": 2} for stage in (*stages, "benchmark_student-sft", "score")
     }
@@ -94,6 +95,8 @@ def made(folder: Path) -> dict:
     curves = {
         "sft_train": "step,loss,token_accuracy\n10,0.5,0.8\n20,0.3,0.9\n",
         "sft_val": "step,loss,token_accuracy\n20,0.35,0.88\n",
+        "distill": "round,agreement\n0,0.4\n1,0.5\n",
+        "distill_train": "step,loss\n10,0.4\n20,0.3\n",
         "rl": "step,reward,achievements\n4,5.1,5\n8,5.4,6\n",
         "rl_training": "step,kl,entropy,clip_fraction\n4,0.01,0.5,0\n8,0.02,,0.01\n",
         "rl_held_out": "iteration,reward,achievements\n0,5,5\n2,6,6\n",

@@ -188,6 +188,6 @@ def test_calls_are_read_as_vllm_reads_them():
 def test_an_unknown_name_and_a_missing_folder_are_said(tmp_path):
     top = checkout(tmp_path / "top", {})
     done = run(top, "serve", "robot")
-    assert done.returncode == 2 and "there is: world, base, sft, rl" in done.stderr
+    assert done.returncode == 2 and "there is: world, base, sft, distill, rl" in done.stderr
     done = run(top, "serve", "rl", "--port", "0")
     assert done.returncode == 2 and "rl needs models/base, which is not there; make it by dvc repro" in done.stderr

@@ -24,7 +24,7 @@ def ran(address, tmp_path_factory) -> Path:  # noqa: F811
     stand_in(top / "stand-in", ".venv/bin/python")
     known = {**OFFLINE, REHEARSAL: "1", "HF_ENDPOINT": address}
     place = {"where": "sky", "any_of": [{"infra": "slurm"}], "lock": "requirements.lock", "environment": known}
-    gpus = {"sft": 2, "rl": 4, "agreement": 1, "benchmark_student": 1}
+    gpus = {"sft": 2, "distill": 4, "rl": 4, "agreement": 1, "benchmark_student": 1}
     stages = {name: {**place, "accelerators": f"H200:{count}"} for name, count in gpus.items()}
     with (top / "compute.yaml").open("w") as file:
         YAML().dump({"stages": stages, "vllm": {"program": "stand-in", "gpus": [0, 1]}}, file)
@@ -37,10 +37,10 @@ def ran(address, tmp_path_factory) -> Path:  # noqa: F811
 
 def test_the_whole_profile_runs_on_machines_that_are_found(ran):
     scores = json.loads((ran / "metrics/benchmark.json").read_text())
-    assert list(scores) == ["random", "noop", "expert", "base", "sft", "rl"]
+    assert list(scores) == ["random", "noop", "expert", "base", "sft", "distill", "rl"]
     assert json.loads((ran / "metrics/rl.json").read_text())["iterations"] == 2
     assert (ran / "metrics/report.html").stat().st_size > 100_000
-    assert log(ran).count("ended with exit code 0") >= 6
+    assert log(ran).count("ended with exit code 0") >= 8
 
 
 def test_no_machine_is_left(ran):

@@ -65,7 +65,7 @@ def test_an_adapter_that_was_dropped_is_found_out(trained, tiny_folder):
 
 def test_an_engine_that_computes_otherwise_is_found_out(trained, tiny_folder):
     said = doubt(trained, served(trained, tiny_folder, noise=0.5), bound=0.01)
-    assert "nats a token from the trainer's, and rl.max_sampler_mismatch is 0.01" in said
+    assert "nats a token from the trainer's, and max_sampler_mismatch is 0.01" in said
 
 
 def test_an_adapter_that_does_nothing_yet_is_no_reason_to_doubt(tiny_folder):

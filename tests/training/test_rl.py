@@ -181,7 +181,7 @@ def test_rollouts_are_a_trace_with_advantages(tiny, tmp_path):
 
 @pytest.fixture(scope="module")
 def adapted(tiny_folder, tmp_path_factory) -> Path:
-    """models/base and models/sft of an untrained student."""
+    """models/base and models/distill of an untrained student."""
     from peft import LoraConfig, get_peft_model
 
     from apprentice.student import loading
@@ -191,7 +191,7 @@ def adapted(tiny_folder, tmp_path_factory) -> Path:
     torch.manual_seed(0)
     model, _ = loading.load(models / "base")
     get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", exclude_modules=".*visual.*")).save_pretrained(
-        models / "sft"
+        models / "distill"
     )
     return models
 
@@ -234,7 +234,7 @@ TWO_CORES = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one cor
 def test_two_ranks_make_the_update_of_one(adapted, tmp_path, advantage):
     changes = {"profiles.tiny.rl.advantage": advantage}
     one, two = (run_and_last_adapter(tmp_path / str(cores), adapted, cores, changes) for cores in (1, 2))
-    start = load_file(adapted / "sft" / "adapter_model.safetensors")
+    start = load_file(adapted / "distill" / "adapter_model.safetensors")
     assert max((one[name] - start[name]).abs().max() for name in one) > 1e-4  # something was learnt
     for name in one:
         torch.testing.assert_close(two[name], one[name], atol=2e-5, rtol=0)
@@ -253,7 +253,7 @@ def test_two_ranks_make_the_update_of_one(adapted, tmp_path, advantage):
     ("bound", "value", "what", "iterations"),
     [
         ("max_invalid_rate", 0.0, "the share of invalid replies was", 1),
-        ("max_kl", 1e-12, "the KL divergence to the SFT policy was", 2),  # in the first it's 0
+        ("max_kl", 1e-12, "the KL divergence to the policy at the start was", 2),  # in the first it's 0
         ("max_sampler_mismatch", 1e-12, "the sampler's distance from the trainer was", 1),
     ],
 )
@@ -267,7 +267,7 @@ def test_a_run_that_leaves_its_bounds_stops_and_gives_the_best_adapter(
     metrics = json.loads((tmp_path / "top/metrics/rl.json").read_text())
     assert f"above the bound of {value:g}" in metrics["stopped"] and metrics["best_iteration"] == 0
     before, after = (
-        load_file(folder / "adapter_model.safetensors") for folder in (adapted / "sft", tmp_path / "top/models/rl")
+        load_file(folder / "adapter_model.safetensors") for folder in (adapted / "distill", tmp_path / "top/models/rl")
     )
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert (tmp_path / "top/data/rl/rollouts.parquet").exists()
@@ -285,6 +285,6 @@ def test_a_base_in_4_bits_is_trained_on_and_played_with_whole(adapted, tmp_path)
     assert 1e-5 < rows[0]["sampler_mismatch"] < 1
     before, after = (
         load_file(folder / "adapter_model.safetensors")
-        for folder in (adapted / "sft", next((tmp_path / "top").glob("cache/rl/*/checkpoint-4")))
+        for folder in (adapted / "distill", next((tmp_path / "top").glob("cache/rl/*/checkpoint-4")))
     )
     assert before.keys() == after.keys() and any(not torch.equal(before[name], after[name]) for name in before)

@@ -16,7 +16,7 @@ BASE = "models/base"
 
 def students(settings: params.Params | None) -> dict[str, str]:
     """Folders of weights by name."""
-    usual = {"base": BASE, "sft": "models/sft", "rl": "models/rl"}
+    usual = {name: f"models/{name}" for name in ("base", "sft", "distill", "rl")}
     return usual | (settings.benchmark.students if settings else {})
 
 

@@ -165,7 +165,7 @@ def _gpu() -> Finding:
         count = gpus.check()
     except WorkError as error:
         remedy = "Update the driver; until then CUDA_VISIBLE_DEVICES= hides the GPUs, and the processor computes."
-        return Finding("GPU", BROKEN, str(error), "student, sft, rl, agreement and benchmark_student", remedy)
+        return Finding("GPU", BROKEN, str(error), "student, sft, distill, rl, agreement and benchmark_student", remedy)
     if count and gpus.rehearsed():
         return Finding("GPU", GAP, f"{count}, rehearsed", "to compute on them", f"Unset {gpus.REHEARSAL}.")
     if count:

@@ -11,7 +11,9 @@ from apprentice.errors import ConfigError
 
 
 def launch_stage(
-    stage: Annotated[str | None, typer.Argument(help="student, sft, rl, agreement or benchmark_student.")] = None,
+    stage: Annotated[
+        str | None, typer.Argument(help="student, sft, distill, rl, agreement or benchmark_student.")
+    ] = None,
     arguments: Annotated[list[str] | None, typer.Argument(help="For the stage's own command.")] = None,
     status: Annotated[bool, typer.Option("--status", help="What is under way.")] = False,
     logs: Annotated[bool, typer.Option("--logs", help="Follow the stage's log.")] = False,

@@ -41,7 +41,7 @@ def play(
     agent: Annotated[
         str,
         typer.Argument(
-            help="random, noop, expert; base, sft, rl: the student; a model behind an API; me: by hand.",
+            help="random, noop, expert; base, sft, distill, rl: the student; a model behind an API; me: by hand.",
             autocompletion=agents.names,
         ),
     ],

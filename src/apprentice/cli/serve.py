@@ -33,7 +33,7 @@ def serve(
         str,
         typer.Argument(
             metavar="WHAT",
-            help="world: Crafter. base, sft, rl, or another of benchmark.students: the student.",
+            help="world: Crafter. base, sft, distill, rl, or another of benchmark.students: the student.",
             autocompletion=_known,
         ),
     ],

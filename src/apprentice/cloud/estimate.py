@@ -106,6 +106,12 @@ def estimate(settings: Params, places: compute.Compute) -> dict:
         lines.append(_judge("filter: judge", settings, sum(len(teacher.seeds) for teacher in teachers), played))
     lines.append(_here("filter, split", read, "filter_decisions_per_second", f"{read:,} decisions"))
     lines += _student(settings, places, read)
+    distill = settings.active.distill
+    if distill.rounds and (endpoint := distill.teacher.endpoint):
+        episodes = distill.rounds * distill.worlds
+        what = f"{episodes:,} episodes × at most {distill.max_steps} decisions of the student's own"
+        where, most = f"profiles.{settings.profile}.distill.teacher", episodes * distill.max_steps
+        lines.append(_chat("distill: teacher", endpoint, distill.teacher.prompt, where, most, what))
     if rl.reward.judge:
         episodes = rl.iterations * rl.groups * rl.group_size
         lines.append(_judge("rl: judge", settings, episodes, episodes * rl.max_steps))
@@ -231,7 +237,7 @@ class _Share:
 def _student(settings: Params, places: compute.Compute, read: int) -> list[Line]:
     """The stages in which the student learns or plays; read: decisions of all teachers and imports."""
     profile, benchmark, kept = settings.active, settings.benchmark, rates()["kept"]
-    sft, rl, model = profile.sft, profile.rl, profile.student.model
+    sft, distill, rl, model = profile.sft, profile.distill, profile.rl, profile.student.model
     side = -(-SIZE * profile.prompt.scale // _VISUAL_TOKEN)
     picture = 0 if profile.prompt.mode == "text" else 81 if model == "tiny" else side**2
     each = _text_tokens(profile.prompt) + picture + rates()["text"]["completion_tokens"]
@@ -243,6 +249,7 @@ def _student(settings: Params, places: compute.Compute, read: int) -> list[Line]
     evaluations = -(-rl.iterations // rl.evaluation.every) + 1
     episodes = rl.iterations * rl.groups * rl.group_size + evaluations * len(rl.evaluation.seeds)
     share = f"{kept['share']:.1%} kept"
+    rehearsed, relearnt = distill.rounds * distill.worlds, distill.rounds * distill.steps * distill.batch_size
     updated, students = rl.iterations * rl.decisions * rl.epochs, len(benchmark.students)
     tested, agreed = students * len(benchmark.seeds) * benchmark.steps, min(held_out, _AGREEMENT)
 
@@ -259,23 +266,22 @@ def _student(settings: Params, places: compute.Compute, read: int) -> list[Line]
             card = None
         if card is None:
             return Line(stage, decisions, decisions * each, None, cards, None, None, how, sources)
-        serving = len(places.vllm.gpus or ()) if stage == "rl" else 0  # the others train
+        serving = len(places.vllm.gpus or ()) if stage in ("distill", "rl") else 0  # the others train
+        rate = "rl_tokens_per_second" if stage == "rl" else "sft_tokens_per_second"
         shares = [
             _Share(plays, "play_decisions_per_second", "plays {} decisions", serving or cards),
-            _Share(trains * each, f"{stage}_tokens_per_second", "trains on {} tokens", max(1, cards - serving)),
-            _Share(
-                validates * each * _FORWARD, f"{stage}_tokens_per_second", "validates on three times {} tokens", cards
-            ),
+            _Share(trains * each, rate, "trains on {} tokens", max(1, cards - serving)),
+            _Share(validates * each * _FORWARD, rate, "validates on three times {} tokens", cards),
         ]
         low = high = 0.0
         for share in shares:
             if share.number:
-                rate = known[card][share.rate]
-                slow, fast = _both(rate["rate"])
+                found = known[card][share.rate]
+                slow, fast = _both(found["rate"])
                 many = max(1, share.cards)
                 low, high = low + share.number / fast / many, high + share.number / slow / many
                 how += f"; {share.what.format(_span(slow * many, fast * many))} a second"
-                if (source := f"{share.rate}: {rate['source']}") not in sources:
+                if (source := f"{share.rate}: {found['source']}") not in sources:
                     sources += (source,)
         hours = low / 3600, high / 3600
         if not cards:
@@ -297,6 +303,11 @@ def _student(settings: Params, places: compute.Compute, read: int) -> list[Line]
             "sft",
             *(0, trained, validations * validated),
             f"{rows:,} rows ({share}) × {sft.epochs:g} epochs, validated {validations} × {validated:,}",
+        ),
+        line(
+            "distill",
+            *(rehearsed * distill.max_steps, relearnt, 0),
+            f"{rehearsed:,} episodes × at most {distill.max_steps} decisions, {relearnt:,} rows trained on",
         ),
         line(
             "rl",

@@ -32,6 +32,12 @@ def row(episode: Episode, step: Step, settings: Prompt, rationale: bool = False)
     }
 
 
+def refused(row: dict, max_actions: int) -> str:
+    """Why the student's own play would not take a row's answer; empty if it would."""
+    said = {"role": "assistant", "content": prompt.spoken(row["messages"][-1])}
+    return prompt.parse(said, max_actions).invalid
+
+
 def characters(messages: list[dict]) -> int:
     """How much text a chat has, pictures not counted."""
     texts = [prompt.said(message) for message in messages]

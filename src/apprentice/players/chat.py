@@ -129,18 +129,18 @@ def record(spec: Spec, endpoint: Endpoint, code: str, whose: str) -> Iterator[by
                 replies.failed(run, seed, failures[seed])
                 tqdm.write(f"seed {seed}: failed, {error}")
                 if len(failures) > max(1, endpoint.max_failure_rate * len(seeds)):
-                    policy.stopped = policy.stopped or _too_many(spec, endpoint, failures)
+                    policy.stopped = policy.stopped or too_many(spec, endpoint, failures)
                 progress()
 
             play = _play(policy, spec, missing, ended, failed)
             with _garbage_collected_seldom():
                 uvloop.run(play)  # a tenth faster than asyncio's own loop
-        if unread := _unread(wrong, spec, whose):
+        if unread := unread_replies(wrong, spec, whose):
             print(unread, file=sys.stderr)
         if policy.stopped:
             raise policy.stopped
         if len(failures) > endpoint.max_failure_rate * len(seeds) or len(failures) == len(seeds):
-            raise _too_many(spec, endpoint, failures)
+            raise too_many(spec, endpoint, failures)
         if failures:
             print(f"{name}: left out, for the next run to try again: {_counted(failures)}", file=sys.stderr)
         yield from replies.records(run, (seed for seed in seeds if seed not in failures))
@@ -197,7 +197,7 @@ async def _play(
         await together(one_after_the_other() for _ in range(min(policy.client.endpoint.concurrency, len(seeds))))
 
 
-def _unread(replies: Counter[tuple[str, str]], spec: Spec, whose: str) -> str:
+def unread_replies(replies: Counter[tuple[str, str]], spec: Spec, whose: str) -> str:
     """What to look at when most replies cannot be read; empty when most can. replies: (why not, finish reason)."""
     wrong = Counter({key: number for key, number in replies.items() if key[0]})
     if wrong.total() * 2 <= replies.total():
@@ -250,7 +250,7 @@ def _run(spec: Spec, endpoint: Endpoint) -> str:
     return fingerprint(agent=spec.agent, teacher=settings, endpoint=endpoint.asked)
 
 
-def _too_many(spec: Spec, endpoint: Endpoint, failures: dict[int, str]) -> WorkError:
+def too_many(spec: Spec, endpoint: Endpoint, failures: dict[int, str]) -> WorkError:
     return WorkError(
         f"{spec.agent}: {len(failures)} of {len(spec.seeds)} episodes failed, and max_failure_rate is "
         f"{endpoint.max_failure_rate:g}: {_counted(failures)}. Their replies are kept; run again to "

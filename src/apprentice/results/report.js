@@ -211,19 +211,21 @@ function chart(title, series) {
 }
 
 function curves() {
-  const { sft_train: train, sft_val: val, rl, rl_training: moved, rl_held_out: held } = data.curves;
+  const { sft_train: train, sft_val: val, distill, distill_train: distilled, rl, rl_training: moved, rl_held_out: held } = data.curves;
   const [train_, val_] = ["var(--c0)", "var(--c4)"];
   const pair = (column) => [{ name: "training", x: train.step, y: train[column], color: train_ }, { name: "held out", x: val.step, y: val[column], color: val_ }];
   chart("SFT: loss", pair("loss"));
   chart("SFT: token accuracy", pair("token_accuracy"));
-  // Held-out worlds are played by iteration, training's by optimizer step: 0 is the SFT student.
+  chart("Distillation: loss on labels and rows of SFT", [{ name: "training", x: distilled.step, y: distilled.loss, color: train_ }]);
+  chart("Distillation: own decisions as the teacher's, by round", [{ name: "agreement", x: distill.round, y: distill.agreement, color: val_ }]);
+  // Held-out worlds are played by iteration, training's by optimizer step: 0 is the student that RL begins with.
   const last = Math.max(...held.iteration), each = Math.max(1, ...rl.step) / Math.max(1, rl.step.length);
   const at = held.iteration.map((iteration) => iteration * each);
   const both = (column) => [{ name: "training worlds", x: rl.step, y: rl[column], color: train_ }, { name: "held out", x: last ? at : [], y: last ? held[column] : [], color: "var(--c5)" }];
   chart("RL: achievements an episode", both("achievements"));
   chart("RL: reward an episode", both("reward"));
   const of = (columns) => Object.entries(columns).map(([column, color]) => ({ name: words(column), x: moved.step, y: moved[column], color }));
-  chart("RL: distance from the SFT student", of({ kl: "var(--c5)" }));
+  chart("RL: distance from the student that it began with", of({ kl: "var(--c5)" }));
   chart("RL: entropy and clipping", of({ entropy: "var(--c6)", clip_fraction: "var(--c3)" }));
 }
 
@@ -261,6 +263,9 @@ function costs() {
   lines.push(...data.agents.map(({ name, play }) => ["benchmark " + name, play]));
   const spent = lines.map(([, row]) => row.cost_usd);
   const body = lines.map(([name, row]) => h("tr", {}, td(name), td(whole(row.decisions)), td(row.prompt_tokens ? whole(row.prompt_tokens + row.completion_tokens) : "–"), td(dollars(row.cost_usd))));
+  const { decisions, cost_usd } = data.costs.distill;
+  if (cost_usd) { body.push(h("tr", {}, td("distill"), td(whole(decisions)), td(""), td(dollars(cost_usd)))); }
+  if (cost_usd !== undefined) spent.push(cost_usd);
   if (data.costs.judge_usd !== 0) { body.push(h("tr", {}, td("judge"), td(""), td(""), td(dollars(data.costs.judge_usd)))); spent.push(data.costs.judge_usd); }
   const sum = spent.some((value) => value === null) ? null : spent.reduce((one, other) => one + other, 0);
   body.push(h("tr", { className: "total" }, td("together"), td(""), td(""), td(dollars(sum))));

@@ -30,7 +30,7 @@ _DECISIONS = 400
 """The most decisions of an episode that are shown."""
 _SHEET = 200
 """Pictures in a sheet: 200 × 72 pixels is a height that every browser takes."""
-CURVES = ("sft_train", "sft_val", "rl", "rl_training", "rl_held_out")
+CURVES = ("sft_train", "sft_val", "distill", "distill_train", "rl", "rl_training", "rl_held_out")
 _ROLLOUTS = Path("data/rl/rollouts.parquet")
 
 
@@ -76,7 +76,7 @@ def gather(settings: Params, worlds: tuple[int, ...] = ()) -> dict:
         "funnel": _json("filter") | {"split": _json("split")},
         "curves": {name: curve(Path(f"metrics/plots/{name}.csv")) for name in CURVES},
         "agreement": _agreement(Path("metrics/plots/agreement.csv")),
-        "costs": _json("cost"),
+        "costs": _json("cost") | {"distill": _json("distill")},
         "times": _times(settings),
         "replays": replays(benchmark.names, worlds),
         "sheet": _SHEET,
@@ -156,7 +156,7 @@ def _agreement(path: Path) -> dict:
 def _times(settings: Params) -> list[dict]:
     """What each stage took, in the order of the pipeline."""
     names = [*(f"collect-{name}" for name in settings.teachers), *(f"import-{name}" for name in settings.imports)]
-    names += ["filter", "split", "student", "sft", "agreement", "rl"]
+    names += ["filter", "split", "student", "sft", "agreement", "distill", "rl"]
     names += [f"benchmark-{name}" for name in settings.benchmark.agents]
     names += [*(f"benchmark_student-{name}" for name in settings.benchmark.students), "score"]
     return [{"stage": name} | _json(f"times/{name}") for name in names]

@@ -63,8 +63,8 @@ class Probe:
                     return f"it plays {instead}"
         if whole > self.bound:
             return (
-                f"its log-probabilities are {whole:.2g} nats a token from the trainer's, and rl.max_sampler_mismatch "
-                f"is {self.bound:g}"
+                f"its log-probabilities are {whole:.2g} nats a token from the trainer's, and "
+                f"max_sampler_mismatch is {self.bound:g}"
             )
         return None
 

@@ -41,37 +41,49 @@ def play_share(
     rank: int = 0,
     ranks: int = 1,
 ) -> dict[int, Episode]:
-    """Play those episodes of a rank's share that the ledger lacks; returns them by their place in the spec's seeds.
+    """Play a rank's `parties`, and keep them in the ledger; returns the episodes by their place in the spec's seeds."""
+    played = {}
 
-    policy(place): a policy whose draws depend on the place, so that they are the same whatever was played before. The
-    spec's fingerprint and the place are an episode's key in the ledger. If one of an in-process policy's company is
-    missing, the company is played again as a whole, and all of it by one rank. Episodes of other policies are
-    independent of each other: each rank has as many.
+    def keep(places: Sequence[int], at: int, episode: Episode) -> None:
+        played[places[at]] = episode
+        ledger.add(key(spec, places[at]), to_bytes(episode))
+
+    for places, players, party in parties(policy, spec, ledger, rank, ranks):
+        play(players, party, partial(keep, places))
+    return played
+
+
+def parties(
+    policy: Callable[[int], Policy], spec: Spec, ledger: Ledger, rank: int, ranks: int
+) -> Iterator[tuple[Sequence[int], Policy, Spec]]:
+    """Those episodes of a rank's share that the ledger lacks: the places of some that are played at once, their policy,
+    and the spec of these alone.
+
+    policy(place): a policy whose draws depend on the place, so that they are the same whatever was played before. If
+    one of an in-process policy's company is missing, the company is played again as a whole, and all of it by one rank.
+    Episodes of other policies are independent of each other: each rank has as many.
     """
-    seeds, name = spec.seeds, spec.fingerprint
+    seeds = spec.seeds
     in_company = isinstance(policy(0), InProcess)
     together = spec.together if in_company else 1
     done = ledger.keys()
     missing = [
-        place for place in range(len(seeds)) if place // together % ranks == rank and f"{name} {place}" not in done
+        place for place in range(len(seeds)) if place // together % ranks == rank and key(spec, place) not in done
     ]
     if not missing:
-        return {}
+        return
+    companies: list[Sequence[int]] = [missing]
     if in_company:
         starts = sorted({place // together * together for place in missing})
         companies = [range(start, min(start + together, len(seeds))) for start in starts]
-        parties = ((company, policy(company[0])) for company in companies)
-    else:
-        parties = iter([(missing, _Apart(map(policy, missing)))])
-    played = {}
+    for places in companies:
+        players = policy(places[0]) if in_company else _Apart(map(policy, places))
+        yield places, players, replace(spec, seeds=[seeds[place] for place in places])
 
-    def keep(company: Sequence[int], at: int, episode: Episode) -> None:
-        played[company[at]] = episode
-        ledger.add(f"{name} {company[at]}", to_bytes(episode))
 
-    for company, players in parties:
-        play(players, replace(spec, seeds=[seeds[place] for place in company]), partial(keep, company))
-    return played
+def key(spec: Spec, place: int) -> str:
+    """The ledger's key of the episode at this place in the spec's seeds."""
+    return f"{spec.fingerprint} {place}"
 
 
 class _Apart:

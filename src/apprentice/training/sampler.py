@@ -1,5 +1,6 @@
 """Who plays RL's rollouts: the policy under training, as it was at the last update."""
 
+import hashlib
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 from accelerate import PartialState
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 
 from apprentice.errors import WorkError
@@ -165,3 +166,11 @@ class VllmSampler:
         if self._first and self._adapter and not self.sleeps:
             for server in self.servers:
                 server.unload(self._adapter.name)
+
+
+def weights_digest(model: PeftModel) -> str:
+    """A name for the adapter's weights."""
+    hashed = hashlib.sha256()
+    for name, weight in sorted(get_peft_model_state_dict(model, adapter_name="default").items()):
+        hashed.update(name.encode() + weight.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return hashed.hexdigest()[:16]

@@ -3,7 +3,6 @@
 What is played does not depend on the number of ranks, nor on when a run was killed.
 """
 
-import hashlib
 import json
 import shutil
 import threading
@@ -27,7 +26,7 @@ from apprentice.student.encoding import batch
 from apprentice.training import devices, rollouts
 from apprentice.training.reward import rewards
 from apprentice.training.rl import RlTrainer
-from apprentice.training.sampler import Sampler
+from apprentice.training.sampler import Sampler, weights_digest
 from apprentice.world.observation import ACTIONS
 
 
@@ -119,7 +118,7 @@ class SelfPlay:
         Returns a call that gives the episodes. ahead: it's played meanwhile, by a sampler that can.
         """
         rl, sampling, accelerator = self.rl, self.profile.sampling, self.trainer.accelerator
-        ours, weights, ledger_name = purpose == "train", _digest(self._model), f"rl-{self.folder.name}"
+        ours, weights, ledger_name = purpose == "train", weights_digest(self._model), f"rl-{self.folder.name}"
         spec = Spec(
             seeds,
             rl.max_steps,
@@ -216,11 +215,3 @@ def _fulfil(future: Future, work: Callable[[], object]) -> None:
         future.set_result(work())
     except BaseException as error:
         future.set_exception(error)
-
-
-def _digest(model: PeftModel) -> str:
-    """A name for the adapter's weights."""
-    hashed = hashlib.sha256()
-    for name, weight in sorted(get_peft_model_state_dict(model, adapter_name="default").items()):
-        hashed.update(name.encode() + weight.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return hashed.hexdigest()[:16]

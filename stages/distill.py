@@ -1,0 +1,247 @@
+"""distill: the student plays, and learns what a teacher would have done in its states; the adapter: models/distill.
+
+    dvc repro distill        or: python stages/distill.py
+
+It begins with models/sft. A round plays and labels, adds its labels to those of the rounds before, and trains on all of
+them and on rows of sft (`rounds` below). Checkpoints lie in the user's cache, and labelled episodes in the ledger: a
+killed run continues, and pays for no label twice. With no rounds, models/distill is models/sft.
+"""
+
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))  # this checkout's, whatever is installed
+
+from apprentice import params
+from apprentice.stage import run, write_curve, write_metrics, write_plot
+
+if TYPE_CHECKING:
+    import numpy as np
+    from transformers import Qwen3VLProcessor
+
+    from apprentice.training.distillation import DistillTrainer, Practice
+    from apprentice.training.examples import Survey
+
+BASE, SFT, OUT = Path("models/base"), Path("models/sft"), Path("models/distill")
+DATA = Path("data/sft/train.jsonl")
+ROUND = ("round", "teacher_share", "decisions", "rows", "dropped_labels", "agreement", "achievements", "invalid_rate")
+
+
+def main() -> None:
+    """Train the adapter models/distill."""
+    settings = params.load()
+    profile, distill = settings.active, settings.active.distill
+    where = f"profiles.{settings.profile}.distill"
+    if not distill.rounds:
+        copy()
+        return
+    tutor = distill.teacher
+    if tutor.endpoint:
+        from apprentice.endpoint.client import api_key
+
+        api_key(tutor.endpoint, f"{where}.teacher.endpoint")  # before minutes of play
+
+    from apprentice import compute, gpus
+    from apprentice.cache import cache_folder
+    from apprentice.endpoint.replies import Replies
+    from apprentice.files import digest
+    from apprentice.fingerprint import code, fingerprint
+    from apprentice.serving import vllm
+    from apprentice.training import devices, distillation, examples
+
+    shaping = {name: getattr(profile, name).model_dump(mode="json") for name in ("prompt", "sampling")}
+    shaping["distill"] = distill.model_dump(mode="json", exclude={"teacher": {"endpoint"}})
+    shaping["endpoint"] = tutor.endpoint and tutor.endpoint.asked
+    shaping["inputs"] = inputs = [digest(path, without="README.md") for path in (BASE, SFT, DATA)]
+    shaping |= {
+        "dtype": profile.dtype,
+        "max_length": profile.sft.max_length,
+        "rationale": settings.split.include_rationale,
+    }
+    serving = compute.load().vllm
+    plan = vllm.plan(serving, gpus.names(), training=True)
+    ranks, rows, accumulation = devices.layout(distill.batch_size, distill.micro_batch_size, on=plan.training)
+    made_by = code(__file__, afterwards=("student.adapter", "student.card"))
+    folder = cache_folder() / "distill" / fingerprint(**shaping, code=made_by)
+    known = fingerprint(rows=inputs[2], base=inputs[0], code=code(examples.__file__))
+    examples.survey(DATA, BASE, known)
+    relief = f"What helps, in this order, under {where}: micro_batch_size, gradient_checkpointing: true"
+    # Ranks label different episodes; another process would pay for the same.
+    alone = Replies(distillation.AGENT, tutor.endpoint.asked, alone=True) if tutor.endpoint else nullcontext()
+    with alone, vllm.Servers(plan, serving, BASE, profile.dtype, [SFT]) as students:
+        of_run = (profile, settings.split.include_rationale, where, folder, known)
+        work = (train, ranks, *of_run, rows, accumulation, students.servers, plan.sleeps)
+        devices.launch(*work, relief=relief, on=plan.training)
+
+
+def copy() -> None:
+    """With no rounds, what comes out is what went in."""
+    from apprentice.files import replacing
+
+    with replacing(OUT) as out:
+        shutil.copytree(SFT, out)
+    write_metrics("distill", {"rounds": []})
+    write_plot("distill", ROUND, [])
+    write_plot("distill_train", ["step", "loss", "token_accuracy", "learning_rate"], [])
+    print("distill: no rounds, so models/distill is models/sft")
+
+
+def train(
+    profile: params.Profile,
+    rationale: bool,
+    where: str,
+    folder: Path,
+    known: str,
+    rows: int,
+    accumulation: int,
+    servers: tuple,
+    sleeping: bool,
+) -> None:
+    """What each rank does. rationale: labels have the teacher's words. where: the section, for error messages. folder:
+    the run's, in the cache. known: the name of sft's survey. rows: at once, in each rank. servers: that play; none
+    plays in process. sleeping: they and the trainer take turns."""
+    from apprentice.student import loading
+    from apprentice.training.checkpoints import Often, Whole, last_checkpoint
+    from apprentice.training.distillation import DistillTrainer, Practice
+    from apprentice.training.probe import Probe
+    from apprentice.training.sampler import InProcessSampler, VllmSampler
+
+    distill, sampling = profile.distill, profile.sampling
+    args = arguments(profile, folder, rows, accumulation)
+    model, processor = loading.load(BASE, SFT, profile.dtype, trainable=True, quantization=distill.quantization)
+    if servers:
+        probe = Probe(distill.seeds, profile.prompt, sampling.temperature or 1.0, distill.max_sampler_mismatch)
+        sampler = VllmSampler(servers, processor, folder / "policies", probe, sampling.max_tokens, sleeping)
+    else:
+        sampler = InProcessSampler(loading.load(BASE, dtype=profile.dtype)[0], processor)
+    trainer = DistillTrainer(distill, model=model, args=args, processing_class=processor)
+    practice = Practice(trainer, sampler, profile, BASE, folder, rationale, f"{where}.teacher.endpoint")
+    for callback in (Often(), Whole(practice.kept)):
+        trainer.add_callback(callback)
+    trainer.learn(rounds(trainer, practice, processor, profile, known), last_checkpoint(folder))
+    surveys = [practice.survey(number) for number in range(distill.rounds)]
+    if trainer.is_world_process_zero():
+        write(trainer, practice, surveys, processor, profile)
+    sampler.close()
+
+
+def rounds(
+    trainer: "DistillTrainer",
+    practice: "Practice",
+    processor: "Qwen3VLProcessor",
+    profile: params.Profile,
+    known: str,
+) -> Iterator[dict]:
+    """The loop: play, label, aggregate. The trainer learns from what is yielded, then asks for more."""
+    from apprentice.training import examples
+    from apprentice.training.distillation import draw
+
+    distill = profile.distill
+    first, done = divmod(trainer.state.global_step, distill.steps)
+    for number in range(first, distill.rounds):
+        # Play, and label.
+        practice.play(number)
+
+        # Aggregate: rows of sft, and the labels of all rounds so far.
+        files = {DATA: examples.survey(DATA, BASE, known)}
+        files |= {practice.rows(before): practice.survey(before) for before in range(number + 1)}
+        lengths = [survey.lengths for survey in files.values()]
+        order = draw([fitting(survey, profile) for survey in files.values()], lengths, distill, number)
+
+        # Train.
+        rows = [
+            examples.Rows(file, processor, survey.places, range(len(survey.places))) for file, survey in files.items()
+        ]
+        yield from trainer.batches(rows, order, done if number == first else 0)
+
+
+def fitting(known: "Survey", profile: params.Profile) -> "np.ndarray":
+    """Which rows are trained on: not too long, and with an answer that the student's own play would not cut off."""
+    return (known.lengths <= profile.sft.max_length) & (known.answers <= profile.sampling.max_tokens)
+
+
+def arguments(profile: params.Profile, folder: Path, rows: int, accumulation: int):
+    """The settings as TRL takes them."""
+    from trl import SFTConfig
+
+    from apprentice import gpus
+
+    distill = profile.distill
+    return SFTConfig(
+        output_dir=str(folder),
+        max_steps=distill.rounds * distill.steps,
+        per_device_train_batch_size=rows,
+        gradient_accumulation_steps=accumulation,
+        learning_rate=distill.learning_rate,
+        warmup_steps=distill.warmup_ratio,
+        lr_scheduler_type=distill.lr_scheduler,
+        weight_decay=distill.weight_decay,
+        max_grad_norm=distill.max_grad_norm,
+        save_steps=distill.steps,
+        # A whole number of times in a round, so that what is logged is the same after a kill.
+        logging_steps=next(steps for steps in range(25, 0, -1) if distill.steps % steps == 0),
+        ignore_data_skip=True,
+        bf16=profile.dtype == "bfloat16",
+        use_cpu=not gpus.used(),
+        gradient_checkpointing=distill.gradient_checkpointing,
+        ddp_find_unused_parameters=False,
+        ddp_timeout=24 * 3600,  # the slowest rank's play is waited for
+        seed=distill.random_seed,
+        max_length=None,
+        remove_unused_columns=False,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        report_to="none",
+    )
+
+
+def write(
+    trainer: "DistillTrainer",
+    practice: "Practice",
+    surveys: "list[Survey]",
+    processor: "Qwen3VLProcessor",
+    profile: params.Profile,
+) -> None:
+    """The adapter with its card, curves and metrics. surveys: of each round's rows."""
+    from apprentice.data.dataset import Jsonl
+    from apprentice.files import replacing
+    from apprentice.student import adapter, card
+
+    distill, rounds = profile.distill, practice.rounds()
+    metrics = {
+        "rounds": rounds,
+        "decisions": sum(row["decisions"] for row in rounds),
+        "rows": sum(row["rows"] for row in rounds),
+        "dropped_labels": sum(row["dropped_labels"] for row in rounds),
+        "rows_too_long": sum(int((~fitting(survey, profile)).sum()) for survey in surveys),
+        "cost_usd": practice.cost(),
+    }
+    write_metrics("distill", metrics)
+    write_plot("distill", ROUND, [[row[name] for name in ROUND] for row in rounds])
+    columns = {"loss": "loss", "mean_token_accuracy": "token_accuracy", "learning_rate": "learning_rate"}
+    write_curve("distill_train", trainer.state.log_history, columns)
+    taught = card.teachers([teacher for survey in surveys for teacher in survey.teachers])
+    settings = distill.model_dump(mode="json", exclude={"seeds"})  # hundreds
+    sections = {
+        "Data": f"{card.section(SFT, 'Data')}\n\nThen, in {distill.rounds} rounds, on its own states, labelled "
+        f"by\n\n{taught}",
+        "Metrics": card.table(ROUND, [[row[name] for name in ROUND] for row in rounds]),
+        "Settings": card.settings({"dtype": profile.dtype, "distill": settings}),
+    }
+    asked = Jsonl(DATA)[0]["messages"][:-1]
+    results = card.results({"agreement": rounds[-1]["agreement"]}, "its own decisions")
+    with replacing(OUT) as out:
+        trainer.accelerator.unwrap_model(trainer.model).save_pretrained(out)
+        adapter.complete(out, OUT.name, processor, profile.student, asked, sections, results)
+    first, last = rounds[0], rounds[-1]
+    print(
+        f"distill: {metrics['rows']} labels of {metrics['decisions']} own decisions in {distill.rounds} rounds; the "
+        f"student agreed with the teacher on {first['agreement']:.1%} → {last['agreement']:.1%} of them"
+    )
+
+
+if __name__ == "__main__":
+    run(main)
