@@ -108,11 +108,12 @@ def train(
     from apprentice.training.checkpoints import Often, Whole, last_checkpoint
     from apprentice.training.distillation import DistillTrainer, Practice
     from apprentice.training.probe import Probe
-    from apprentice.training.sampler import InProcessSampler, VllmSampler
+    from apprentice.training.sampler import InProcessSampler, Sampler, VllmSampler
 
     distill, sampling = profile.distill, profile.sampling
     args = arguments(profile, folder, rows, accumulation)
     model, processor = loading.load(BASE, SFT, profile.dtype, trainable=True, quantization=distill.quantization)
+    sampler: Sampler
     if servers:
         probe = Probe(distill.seeds, profile.prompt, sampling.temperature or 1.0, distill.max_sampler_mismatch)
         sampler = VllmSampler(servers, processor, folder / "policies", probe, sampling.max_tokens, sleeping)
@@ -137,6 +138,8 @@ def rounds(
     known: str,
 ) -> Iterator[dict]:
     """The loop: play, label, aggregate. The trainer learns from what is yielded, then asks for more."""
+    import numpy as np
+
     from apprentice.training import examples
     from apprentice.training.distillation import draw
 
@@ -154,7 +157,8 @@ def rounds(
 
         # Train.
         rows = [
-            examples.Rows(file, processor, survey.places, range(len(survey.places))) for file, survey in files.items()
+            examples.Rows(file, processor, survey.places, np.arange(len(survey.places)))
+            for file, survey in files.items()
         ]
         yield from trainer.batches(rows, order, done if number == first else 0)
 

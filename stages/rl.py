@@ -81,12 +81,13 @@ def train(
     from apprentice.training.checkpoints import Whole, last_checkpoint
     from apprentice.training.probe import Probe
     from apprentice.training.rl import RlTrainer
-    from apprentice.training.sampler import InProcessSampler, VllmSampler
+    from apprentice.training.sampler import InProcessSampler, Sampler, VllmSampler
     from apprentice.training.self_play import SelfPlay
 
     rl = profile.rl
     args = arguments(profile, folder, rows, accumulation)
     model, processor = loading.load(BASE, START, profile.dtype, trainable=True, quantization=rl.quantization)
+    sampler: Sampler
     if servers:
         probe = Probe(rl.seeds, profile.prompt, rl.temperature, rl.max_sampler_mismatch)
         sampler = VllmSampler(servers, processor, folder / "policies", probe, profile.sampling.max_tokens, sleeping)

@@ -216,7 +216,7 @@ def write(
         "Settings": card.settings({"dtype": profile.dtype, "sft": profile.sft.model_dump(mode="json")}),
     }
     asked = Jsonl(DATA[list(surveys)[-1]])[0]["messages"][:-1]
-    found = {name: metrics[name] for name in ("val_loss", "val_token_accuracy")} if validations else {}
+    found = {name: value for name, value in metrics.items() if name.startswith("val_") and value is not None}
     results = card.results(found, "held-out decisions")
     with replacing(OUT) as out:
         trainer.model.save_pretrained(out, state_dict=weights)

@@ -37,7 +37,6 @@ from apprentice.policy import Player, Policy, Turn
 from apprentice.training import devices, examples, rollouts
 from apprentice.training.sampler import Sampler, weights_digest
 from apprentice.training.sft import SftTrainer
-from apprentice.workers import together
 
 AGENT = "distill"
 """In whose name an endpoint is asked for labels."""
@@ -129,13 +128,14 @@ class _GuidedPlayer:
 
     async def reply(self, turn: Turn) -> Reply:
         teacher = self.policy.teacher
-        answer, label = await together([self.student.reply(turn), teacher.label(self.teacher, self.seed, turn)])
+        answer, label = await asyncio.gather(self.student.reply(turn), teacher.label(self.teacher, self.seed, turn))
         await teacher.go_on()
         self.answers.append(answer)
         self.labels.append(label)
         guided = self.draws.random() < self.policy.share
-        taken = guided and label and not prompt.parse(label.message, turn.settings.max_actions).invalid
-        return label if taken else answer
+        if guided and label and not prompt.parse(label.message, turn.settings.max_actions).invalid:
+            return label
+        return answer
 
     def end(self) -> None:
         self.student.end()
@@ -356,7 +356,7 @@ class DistillTrainer(SftTrainer):
         size, ranks = self.args.per_device_train_batch_size, self.accelerator.num_processes
         shared = order[begin * size * ranks * self.args.gradient_accumulation_steps :].reshape(-1, ranks, size)
         mine = shared[:, self.accelerator.process_index].reshape(-1).tolist()
-        rows = Subset(ConcatDataset([file.dataset for file in files]), mine)
+        rows: Subset = Subset(ConcatDataset([file.dataset for file in files]), mine)
         yield from DataLoader(rows, size, collate_fn=files[0].collate, num_workers=devices.readers())
 
 
