@@ -76,7 +76,7 @@ def environment(cache: Path) -> dict[str, str]:
 
 def stage(top: Path, cache: Path, *command: str) -> str:
     done = subprocess.run(
-        [sys.executable, *command], cwd=top, env=environment(cache), capture_output=True, text=True, timeout=900
+        [sys.executable, *command], cwd=top, env=environment(cache), capture_output=True, text=True, timeout=2400
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
@@ -93,7 +93,7 @@ def started(top: Path, cache: Path, *command: str) -> subprocess.Popen:
     )
 
 
-def wait_for(condition, process: subprocess.Popen, seconds: float = 300) -> None:
+def wait_for(condition, process: subprocess.Popen, seconds: float = 900) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, process.stdout.read().decode()[-3000:]
