@@ -29,12 +29,14 @@ OF = {
     "apprentice.cli.serve": "serve",
     "apprentice.cli.film": "film",
     "apprentice.cli.doctor": "all",
+    "apprentice.cli.export": "all",
     "apprentice.serving": "train",
     "apprentice.serving.chat_api": "all",
     "apprentice.student": "train",
     "apprentice.student.__init__": "base",
     "apprentice.training": "train",
     "stages": "pipeline",
+    "stages.distill": "train",
     "stages.rl": "train",
     "stages.sft": "train",
     "stages.student": "train",
@@ -44,6 +46,7 @@ OF = {
 LAZY = {
     "apprentice.cli.balrog_agent": {"balrog"},  # copied into BALROG, never imported here
     "apprentice.student.torchvision_operators": {"torch"},  # acts only where torchvision is about to be imported
+    "tests.cli.trainer_reads": {"axolotl", "llamafactory", "yaml"},  # runs in their environments
     "tests": {"starlette", "vllm", "openenv", "sky", "boto3"},  # targets with environments of their own
 }
 UNIMPORTED = {
