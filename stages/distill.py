@@ -11,6 +11,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +21,6 @@ from apprentice import params
 from apprentice.stage import run, write_curve, write_metrics, write_plot
 
 if TYPE_CHECKING:
-    import numpy as np
     from transformers import Qwen3VLProcessor
 
     from apprentice.training.distillation import DistillTrainer, Practice
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 BASE, SFT, OUT = Path("models/base"), Path("models/sft"), Path("models/distill")
 DATA = Path("data/sft/train.jsonl")
 ROUND = ("round", "teacher_share", "decisions", "rows", "dropped_labels", "agreement", "achievements", "invalid_rate")
+CURVE = {"loss": "loss", "mean_token_accuracy": "token_accuracy", "learning_rate": "learning_rate"}
 
 
 def main() -> None:
@@ -86,7 +87,7 @@ def copy() -> None:
         shutil.copytree(SFT, out)
     write_metrics("distill", {"rounds": []})
     write_plot("distill", ROUND, [])
-    write_plot("distill_train", ["step", "loss", "token_accuracy", "learning_rate"], [])
+    write_curve("distill_train", [], CURVE)
     print("distill: no rounds, so models/distill is models/sft")
 
 
@@ -108,26 +109,23 @@ def train(
     from apprentice.training.checkpoints import Often, Whole, last_checkpoint
     from apprentice.training.distillation import DistillTrainer, Practice
     from apprentice.training.probe import Probe
-    from apprentice.training.sampler import InProcessSampler, Sampler, VllmSampler
+    from apprentice.training.sampler import sampler
 
-    distill, sampling = profile.distill, profile.sampling
+    distill = profile.distill
     args = arguments(profile, folder, rows, accumulation)
     model, processor = loading.load(BASE, SFT, profile.dtype, trainable=True, quantization=distill.quantization)
-    sampler: Sampler
-    if servers:
-        probe = Probe(distill.seeds, profile.prompt, sampling.temperature or 1.0, distill.max_sampler_mismatch)
-        sampler = VllmSampler(servers, processor, folder / "policies", probe, sampling.max_tokens, sleeping)
-    else:
-        sampler = InProcessSampler(loading.load(BASE, dtype=profile.dtype)[0], processor)
+    temperature = profile.sampling.temperature or 1.0
+    probe = partial(Probe, distill.seeds, profile.prompt, temperature, distill.max_sampler_mismatch)
+    player = sampler(servers, profile, BASE, processor, folder, sleeping, probe)
     trainer = DistillTrainer(distill, model=model, args=args, processing_class=processor)
-    practice = Practice(trainer, sampler, profile, BASE, folder, rationale, f"{where}.teacher.endpoint")
+    practice = Practice(trainer, player, profile, BASE, folder, rationale, f"{where}.teacher.endpoint")
     for callback in (Often(), Whole(practice.kept)):
         trainer.add_callback(callback)
     trainer.learn(rounds(trainer, practice, processor, profile, known), last_checkpoint(folder))
     surveys = [practice.survey(number) for number in range(distill.rounds)]
     if trainer.is_world_process_zero():
         write(trainer, practice, surveys, processor, profile)
-    sampler.close()
+    player.close()
 
 
 def rounds(
@@ -153,7 +151,7 @@ def rounds(
         files = {DATA: examples.survey(DATA, BASE, known)}
         files |= {practice.rows(before): practice.survey(before) for before in range(number + 1)}
         lengths = [survey.lengths for survey in files.values()]
-        order = draw([fitting(survey, profile) for survey in files.values()], lengths, distill, number)
+        order = draw([survey.fitting(profile) for survey in files.values()], lengths, distill, number)
 
         # Train.
         rows = [
@@ -163,42 +161,19 @@ def rounds(
         yield from trainer.batches(rows, order, done if number == first else 0)
 
 
-def fitting(known: "Survey", profile: params.Profile) -> "np.ndarray":
-    """Which rows are trained on: not too long, and with an answer that the student's own play would not cut off."""
-    return (known.lengths <= profile.sft.max_length) & (known.answers <= profile.sampling.max_tokens)
-
-
 def arguments(profile: params.Profile, folder: Path, rows: int, accumulation: int):
     """The settings as TRL takes them."""
-    from trl import SFTConfig
-
-    from apprentice import gpus
+    from apprentice.training.sft import config
 
     distill = profile.distill
-    return SFTConfig(
-        output_dir=str(folder),
+    return config(
+        *(distill, profile.dtype, folder, rows, accumulation),
         max_steps=distill.rounds * distill.steps,
-        per_device_train_batch_size=rows,
-        gradient_accumulation_steps=accumulation,
-        learning_rate=distill.learning_rate,
-        warmup_steps=distill.warmup_ratio,
-        lr_scheduler_type=distill.lr_scheduler,
-        weight_decay=distill.weight_decay,
-        max_grad_norm=distill.max_grad_norm,
         save_steps=distill.steps,
         # A whole number of times in a round, so that what is logged is the same after a kill.
         logging_steps=next(steps for steps in range(25, 0, -1) if distill.steps % steps == 0),
         ignore_data_skip=True,
-        bf16=profile.dtype == "bfloat16",
-        use_cpu=not gpus.used(),
-        gradient_checkpointing=distill.gradient_checkpointing,
-        ddp_find_unused_parameters=False,
         ddp_timeout=24 * 3600,  # the slowest rank's play is waited for
-        seed=distill.random_seed,
-        max_length=None,
-        remove_unused_columns=False,
-        dataset_kwargs={"skip_prepare_dataset": True},
-        report_to="none",
     )
 
 
@@ -220,13 +195,12 @@ def write(
         "decisions": sum(row["decisions"] for row in rounds),
         "rows": sum(row["rows"] for row in rounds),
         "dropped_labels": sum(row["dropped_labels"] for row in rounds),
-        "rows_too_long": sum(int((~fitting(survey, profile)).sum()) for survey in surveys),
+        "rows_too_long": sum(int((~survey.fitting(profile)).sum()) for survey in surveys),
         "cost_usd": practice.cost(),
     }
     write_metrics("distill", metrics)
     write_plot("distill", ROUND, [[row[name] for name in ROUND] for row in rounds])
-    columns = {"loss": "loss", "mean_token_accuracy": "token_accuracy", "learning_rate": "learning_rate"}
-    write_curve("distill_train", trainer.state.log_history, columns)
+    write_curve("distill_train", trainer.state.log_history, CURVE)
     taught = card.teachers([teacher for survey in surveys for teacher in survey.teachers])
     settings = distill.model_dump(mode="json", exclude={"seeds"})  # hundreds
     sections = {

@@ -10,6 +10,7 @@ lie in the user's cache, one for each iteration, and finished episodes in the le
 import shutil
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING
@@ -81,21 +82,17 @@ def train(
     from apprentice.training.checkpoints import Whole, last_checkpoint
     from apprentice.training.probe import Probe
     from apprentice.training.rl import RlTrainer
-    from apprentice.training.sampler import InProcessSampler, Sampler, VllmSampler
+    from apprentice.training.sampler import sampler
     from apprentice.training.self_play import SelfPlay
 
     rl = profile.rl
     args = arguments(profile, folder, rows, accumulation)
     model, processor = loading.load(BASE, START, profile.dtype, trainable=True, quantization=rl.quantization)
-    sampler: Sampler
-    if servers:
-        probe = Probe(rl.seeds, profile.prompt, rl.temperature, rl.max_sampler_mismatch)
-        sampler = VllmSampler(servers, processor, folder / "policies", probe, profile.sampling.max_tokens, sleeping)
-    else:
-        sampler = InProcessSampler(loading.load(BASE, dtype=profile.dtype)[0], processor)
+    probe = partial(Probe, rl.seeds, profile.prompt, rl.temperature, rl.max_sampler_mismatch)
+    player = sampler(servers, profile, BASE, processor, folder, sleeping, probe)
     exact = not servers and profile.dtype == "float32" and rl.quantization is None
     trainer = RlTrainer(model, processor, rl, profile.prompt, args, exact)
-    play = SelfPlay(trainer, sampler, profile, folder)
+    play = SelfPlay(trainer, player, profile, folder)
     trainer.add_callback(Whole(play.kept))
     stopped = ""
     try:
@@ -105,7 +102,7 @@ def train(
         stopped = str(reason)
     if trainer.is_world_process_zero():
         write(trainer.history, processor, profile, judge, folder, stopped)
-    sampler.close()
+    player.close()
 
 
 def iterations(

@@ -18,10 +18,9 @@ from apprentice.errors import WorkError
 from apprentice.stage import run, write_curve, write_metrics
 
 if TYPE_CHECKING:
-    import numpy as np
     from transformers import Qwen3VLProcessor
 
-    from apprentice.training.examples import Rows, Survey
+    from apprentice.training.examples import Rows
     from apprentice.training.sft import SftTrainer
 
 BASE, OUT = Path("models/base"), Path("models/sft")
@@ -63,17 +62,12 @@ def main() -> None:
     )
 
 
-def fitting(known: "Survey", profile: params.Profile) -> "np.ndarray":
-    """Which rows are trained on: not too long, and with an answer that the student's own play would not cut off."""
-    return (known.lengths <= profile.sft.max_length) & (known.answers <= profile.sampling.max_tokens)
-
-
 def too_long(name: str, survey: str, profile: params.Profile, where: str) -> int:
     """How many rows of a file don't fit. Raises WorkError if none does."""
     from apprentice.training import examples
 
     known = examples.survey(DATA[name], BASE, survey)
-    fit = fitting(known, profile)
+    fit = known.fitting(profile)
     if not fit.any():
         raise WorkError(
             f"sft: {DATA[name]} has no row of at most {profile.sft.max_length} tokens, the shortest has "
@@ -96,9 +90,8 @@ def train(
 
     sft = profile.sft
     validated = "val" in surveys
-    args = arguments(
-        profile, checkpoints, rows, accumulation, validated
-    )  # before the model: ZeRO-3 divides it as it's loaded
+    # Before the model: ZeRO-3 divides it as it's loaded.
+    args = arguments(profile, checkpoints, rows, accumulation, validated)
     model, processor = loading.load(BASE, dtype=profile.dtype, quantization=sft.lora.quantization)
     data = {name: examples_of(name, survey, processor, profile) for name, survey in surveys.items()}
     patience = sft.early_stopping_patience if validated else None
@@ -123,42 +116,24 @@ def train(
 
 def arguments(profile: params.Profile, checkpoints: Path, rows: int, accumulation: int, validated: bool = True):
     """The settings as TRL takes them."""
-    from trl import SFTConfig
-
-    from apprentice import gpus
     from apprentice.training import devices, memory
+    from apprentice.training.sft import config
 
     sft, readers = profile.sft, devices.readers()
-    return SFTConfig(
-        output_dir=str(checkpoints),
+    return config(
+        *(sft, profile.dtype, checkpoints, rows, accumulation),
         num_train_epochs=1,  # `dataset.order` has all of them
         train_sampling_strategy="sequential",
-        per_device_train_batch_size=rows,
         per_device_eval_batch_size=sft.micro_batch_size,
-        gradient_accumulation_steps=accumulation,
-        learning_rate=sft.learning_rate,
-        warmup_steps=sft.warmup_ratio,
-        lr_scheduler_type=sft.lr_scheduler,
-        weight_decay=sft.weight_decay,
-        max_grad_norm=sft.max_grad_norm,
         eval_strategy="steps" if validated else "no",
         eval_steps=sft.eval_steps,
         save_steps=sft.eval_steps,
         load_best_model_at_end=validated,
         metric_for_best_model="eval_loss",
         logging_steps=25 if sft.eval_steps < 1 else min(sft.eval_steps, 25),
-        bf16=profile.dtype == "bfloat16",
-        use_cpu=not gpus.used(),
-        gradient_checkpointing=sft.gradient_checkpointing,
         deepspeed=memory.zero_config(sft.zero),
-        ddp_find_unused_parameters=False,
-        seed=sft.random_seed,
-        max_length=None,
         dataloader_num_workers=readers,
         dataloader_persistent_workers=readers > 0,
-        remove_unused_columns=False,
-        dataset_kwargs={"skip_prepare_dataset": True},
-        report_to="none",
     )
 
 
@@ -170,7 +145,7 @@ def examples_of(name: str, survey: str, processor: "Qwen3VLProcessor", profile: 
     from apprentice.training import examples
 
     known, sft = examples.survey(DATA[name], BASE, survey), profile.sft
-    chosen = np.flatnonzero(fitting(known, profile))
+    chosen = np.flatnonzero(known.fitting(profile))
     if name == "val" and sft.eval_rows and sft.eval_rows < len(chosen):
         chosen = chosen[np.linspace(0, len(chosen) - 1, sft.eval_rows).round().astype(int)]
     lengths = known.lengths[chosen]

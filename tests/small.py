@@ -82,6 +82,20 @@ def stage(top: Path, cache: Path, *command: str) -> str:
     return done.stdout
 
 
+def on_cores(top: Path, cores: int, *command: str) -> subprocess.CompletedProcess:
+    """Run a stage with so many of this machine's cores, and the checkout's own cache."""
+    allowed = sorted(os.sched_getaffinity(0))[:cores]
+    return subprocess.run(
+        [sys.executable, *command],
+        cwd=top,
+        env=environment(top / "cache"),
+        preexec_fn=lambda: os.sched_setaffinity(0, allowed),
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+
+
 def started(top: Path, cache: Path, *command: str) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, *command],

@@ -71,9 +71,8 @@ def test_a_model_of_the_hub_needs_gpus_and_the_hub(folder, monkeypatch):
     assert found["GPU"]["state"] == found["student"]["state"] == "broken"
     assert "Qwen/Qwen3-VL-2B-Instruct" in found["student"]["found"]
 
-    stages = {
-        key: {"where": "sky", "accelerators": "H200:1"} for key in ("sft", "rl", "agreement", "benchmark_student")
-    }
+    names = ("sft", "distill", "rl", "agreement", "benchmark_student")
+    stages = {name: {"where": "sky", "accelerators": "H200:1"} for name in names}
     (folder / "compute.yaml").write_text(json.dumps({"stages": stages}))
     (folder / "models/base").mkdir(parents=True)
     (folder / "models/base/config.json").touch()

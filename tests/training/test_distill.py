@@ -3,8 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -14,7 +12,7 @@ import torch
 from conftest import SHOWN
 from endpoint import NOOP, Answer, Server, completion
 from safetensors.torch import load_file
-from small import SMALL, checkout, contents, environment
+from small import SMALL, checkout, contents, on_cores
 
 from apprentice import params, prompt
 from apprentice.endpoint.purse import Purse
@@ -236,16 +234,7 @@ def distilled(top: Path, taught: Path, cores: int, changes: dict) -> Path:
     checkout(top, TRAINED | changes)
     for folder in ("models", "data"):
         shutil.copytree(taught / folder, top / folder)
-    allowed = sorted(os.sched_getaffinity(0))[:cores]
-    done = subprocess.run(
-        [sys.executable, "stages/distill.py"],
-        cwd=top,
-        env=environment(top / "cache"),
-        preexec_fn=lambda: os.sched_setaffinity(0, allowed),
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
+    done = on_cores(top, cores, "stages/distill.py")
     assert done.returncode == 0, done.stderr[-3000:]
     return top
 

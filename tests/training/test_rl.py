@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import SHOWN
 from safetensors.torch import load_file
-from small import SMALL, checkout, environment
+from small import SMALL, checkout, on_cores
 
 from apprentice import params, store
 from apprentice.ledger import Ledger
@@ -207,16 +207,7 @@ TRAINED = SMALL | {
 def train(top: Path, models: Path, cores: int, changes: dict) -> subprocess.CompletedProcess:
     checkout(top, TRAINED | changes)
     shutil.copytree(models, top / "models")
-    allowed = sorted(os.sched_getaffinity(0))[:cores]
-    return subprocess.run(
-        [sys.executable, "stages/rl.py"],
-        cwd=top,
-        env=environment(top / "cache"),
-        preexec_fn=lambda: os.sched_setaffinity(0, allowed),
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
+    return on_cores(top, cores, "stages/rl.py")
 
 
 def run_and_last_adapter(top: Path, models: Path, cores: int, changes: dict) -> dict[str, torch.Tensor]:

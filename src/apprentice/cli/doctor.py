@@ -18,6 +18,8 @@ from apprentice.errors import ConfigError, WorkError
 
 OK, GAP, BROKEN = "ok", "gap", "broken"
 _GB = 1e9
+_ON_GPUS = ("sft", "distill", "rl", "agreement", "benchmark_student")
+"""The stages that have something to do for a GPU."""
 
 
 @dataclass(frozen=True)
@@ -165,7 +167,7 @@ def _gpu() -> Finding:
         count = gpus.check()
     except WorkError as error:
         remedy = "Update the driver; until then CUDA_VISIBLE_DEVICES= hides the GPUs, and the processor computes."
-        return Finding("GPU", BROKEN, str(error), "student, sft, distill, rl, agreement and benchmark_student", remedy)
+        return Finding("GPU", BROKEN, str(error), f"student, {', '.join(_ON_GPUS)}", remedy)
     if count and gpus.rehearsed():
         return Finding("GPU", GAP, f"{count}, rehearsed", "to compute on them", f"Unset {gpus.REHEARSAL}.")
     if count:
@@ -176,7 +178,7 @@ def _gpu() -> Finding:
     if shutil.which("nvidia-smi"):
         why = "none that torch can use, but there is nvidia-smi: see whether torch is a CPU build"
     elsewhere = "Let the training stages run elsewhere: where: sky in compute.yaml."
-    here = [stage for stage in ("sft", "rl", "agreement", "benchmark_student") if not _elsewhere(stage)]
+    here = [stage for stage in _ON_GPUS if not _elsewhere(stage)]
     if here and (student := _of_the_hub()):
         return Finding("GPU", BROKEN, why, f"{', '.join(here)} of {student.model}, which needs them", elsewhere)
     return Finding("GPU", GAP, why, "the larger profiles (qwen2b and up) in reasonable time", elsewhere)

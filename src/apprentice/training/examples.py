@@ -18,6 +18,7 @@ from apprentice.cache import cache_folder
 from apprentice.data.dataset import Jsonl
 from apprentice.errors import WorkError
 from apprentice.files import replacing
+from apprentice.params import Profile
 from apprentice.student import loading
 from apprentice.student.encoding import batch, encode, encode_all, lengths
 from apprentice.workers import in_processes
@@ -38,6 +39,11 @@ class Survey:
     """int32 (rows,): tokens of the answer."""
     teachers: list[dict]
     """Who taught them: teacher, model, rows and episodes of each."""
+
+    def fitting(self, profile: Profile) -> np.ndarray:
+        """bool (rows,): which are trained on: not too long, and with an answer that the student's own play would not
+        cut off."""
+        return (self.lengths <= profile.sft.max_length) & (self.answers <= profile.sampling.max_tokens)
 
 
 def survey(path: Path, base: Path, name: str) -> Survey:

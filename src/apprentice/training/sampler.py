@@ -2,7 +2,7 @@
 
 import hashlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -12,10 +12,12 @@ from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 
 from apprentice.errors import WorkError
+from apprentice.params import Profile
 from apprentice.policy import Policy
 from apprentice.serving.in_process import InProcess
 from apprentice.serving.on_vllm import OnVllm
 from apprentice.serving.vllm import Adapter, Server
+from apprentice.student import loading
 from apprentice.student.narrowing import narrow
 from apprentice.training import devices
 from apprentice.training.probe import Probe
@@ -166,6 +168,21 @@ class VllmSampler:
         if self._first and self._adapter and not self.sleeps:
             for server in self.servers:
                 server.unload(self._adapter.name)
+
+
+def sampler(
+    servers: Sequence[Server],
+    profile: Profile,
+    base: Path,
+    processor: "Qwen3VLProcessor",
+    folder: Path,
+    sleeping: bool,
+    probe: Callable[[], Probe],
+) -> Sampler:
+    """On these servers, or in process where there is none. folder: the run's; probe: what servers are tested by."""
+    if servers:
+        return VllmSampler(servers, processor, folder / "policies", probe(), profile.sampling.max_tokens, sleeping)
+    return InProcessSampler(loading.load(base, dtype=profile.dtype)[0], processor)
 
 
 def weights_digest(model: PeftModel) -> str:

@@ -1,12 +1,43 @@
 """SFT's trainer: TRL's, with losses that are means over the answers' tokens, however a batch is split."""
 
+from pathlib import Path
+
 import torch
 from transformers.trainer_utils import EvalLoopOutput
-from trl import SFTTrainer
+from trl import SFTConfig, SFTTrainer
 
+from apprentice import gpus
 from apprentice.errors import WorkError
+from apprentice.params import Distill, Sft
 from apprentice.student import loading, tower
 from apprentice.student.narrowing import narrow
+
+
+def config(section: Sft | Distill, dtype: str, folder: Path, rows: int, accumulation: int, **more) -> SFTConfig:
+    """The settings that sft and distill share, as TRL takes them.
+
+    folder: for checkpoints. rows: at once, in each rank. more: what only one of them has.
+    """
+    return SFTConfig(
+        output_dir=str(folder),
+        per_device_train_batch_size=rows,
+        gradient_accumulation_steps=accumulation,
+        learning_rate=section.learning_rate,
+        warmup_steps=section.warmup_ratio,
+        lr_scheduler_type=section.lr_scheduler,
+        weight_decay=section.weight_decay,
+        max_grad_norm=section.max_grad_norm,
+        bf16=dtype == "bfloat16",
+        use_cpu=not gpus.used(),
+        gradient_checkpointing=section.gradient_checkpointing,
+        ddp_find_unused_parameters=False,
+        seed=section.random_seed,
+        max_length=None,
+        remove_unused_columns=False,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        report_to="none",
+        **more,
+    )
 
 
 class SftTrainer(SFTTrainer):
