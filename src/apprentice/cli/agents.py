@@ -36,7 +36,7 @@ def student(name: str, settings: params.Params) -> "InProcess":
     from apprentice.workers import cores
 
     profile = settings.active
-    # Two threads that wait for each other at each layer of so small a model are 100 times slower on a busy machine.
+    # Two threads wait for each other at each layer of so small a model: an answer takes twice as long (LOG.md).
     threads = 1 if profile.student.model == "tiny" else cores()
     sampling = profile.sampling
     return in_process.load(name, folder, profile.dtype, sampling.temperature, sampling.max_tokens, threads)
