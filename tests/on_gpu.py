@@ -54,6 +54,12 @@ SETTINGS = {
     "profiles.qwen2b.sft.micro_batch_size": BATCH // 2,
     "profiles.qwen2b.sft.learning_rate": 1e-3,
     "profiles.qwen2b.sft.eval_steps": STEPS // 2,
+    "profiles.qwen2b.distill.rounds": 1,
+    "profiles.qwen2b.distill.worlds": EPISODES,
+    "profiles.qwen2b.distill.max_steps": TURNS,
+    "profiles.qwen2b.distill.steps": 2,
+    "profiles.qwen2b.distill.batch_size": EPISODES,
+    "profiles.qwen2b.distill.micro_batch_size": EPISODES // 2,
     "profiles.qwen2b.rl.evaluation": {"seeds": "310000-310001", "every": 2},
     "profiles.qwen2b.rl.iterations": 2,
     "profiles.qwen2b.rl.groups": 2,
@@ -226,8 +232,9 @@ def test_rl_by_turns_with_vllm(taught, tmp_path, monkeypatch):
 
 
 def rl(taught: Path, serving: str) -> None:
-    """Two iterations, after which the trainer still agrees with who plays."""
+    """A round with the teacher and two iterations, after which the trainer still agrees with who plays."""
     top = beside(taught, f"rl-{serving}", "models/sft")
+    stage(top, "distill", serving)
     stage(top, "rl", serving)
     found = json.loads((top / "metrics/rl.json").read_text())
     off = column(top, "rl_training", "sampler_mismatch")

@@ -103,6 +103,7 @@ def test_health_and_info_say_what_there_is(server):
         "expert",
         "base",
         "sft",
+        "distill",
         "rl",
         "api",
     ]
@@ -423,9 +424,8 @@ def test_a_rollout_asks_only_endpoints_that_the_server_was_started_with(server, 
     for wrong in ({"base_url": "http://169.254.169.254"}, {"api_key_env": "HOME"}):
         assert httpx2.post(f"{url}/rollout", json=asked | wrong).status_code == 422
     unknown = httpx2.post(f"{url}/rollout", json=asked | {"policy": "http://127.0.0.1:1/v1"})
-    assert (
-        unknown.status_code == 409 and "there are random, noop, expert, base, sft, rl, api" in unknown.json()["detail"]
-    )
+    assert unknown.status_code == 409
+    assert "there are random, noop, expert, base, sft, distill, rl, api" in unknown.json()["detail"]
 
 
 def test_an_endpoint_that_fails_is_a_clean_error_and_slow_rollouts_hold_up_nobody(server, endpoint, monkeypatch):

@@ -282,7 +282,7 @@ def test_the_servers_rollouts_pay_from_the_same_purse():
     with Server() as server:
         settings = endpoint(server, max_cost_usd=3.0)
         agent = Agent(policy="chat", prompt=Prompt(mode="text"), endpoint=settings)
-        rollouts = Rollouts((), {"gpt": (agent, "teachers.gpt.endpoint")}, 2)
+        rollouts = Rollouts((), {"gpt": (agent, "teachers.gpt.endpoint")}, {}, 2)
         try:
             rollouts.start(RolloutRequest(policy="gpt", seed=1, max_steps=10)).result(60)
             with pytest.raises(OutOfMoney):
@@ -299,7 +299,7 @@ def test_a_rollout_that_is_ended_has_paid_for_what_it_asked():
     with Server(lambda request: Answer(NOOP.body, delay=30)) as server:
         settings = endpoint(server)
         agent = Agent(policy="chat", prompt=Prompt(mode="text"), endpoint=settings)
-        rollouts = Rollouts((), {"gpt": (agent, "teachers.gpt.endpoint")}, 2)
+        rollouts = Rollouts((), {"gpt": (agent, "teachers.gpt.endpoint")}, {}, 2)
         rollouts.start(RolloutRequest(policy="gpt", seed=1, max_steps=10))
         while not server.requests:
             time.sleep(0.01)

@@ -241,7 +241,7 @@ def test_a_slow_episode_holds_no_other(servers, processor):
 
 @pytest.fixture(scope="module")
 def top(tiny_folder, adapter, tmp_path_factory) -> Path:
-    """A checkout with models/base and models/sft, whose student plays on vLLM."""
+    """A checkout with models/base and models/distill, whose student plays on vLLM."""
     changes = SMALL | {
         "profiles.tiny.prompt.history": SHOWN.history,
         "profiles.tiny.rl.iterations": 3,
@@ -253,7 +253,7 @@ def top(tiny_folder, adapter, tmp_path_factory) -> Path:
     folder = checkout(tmp_path_factory.mktemp("checkout") / "top", changes)
     (folder / "models").mkdir()
     (folder / "models/base").symlink_to(tiny_folder)
-    (folder / "models/sft").symlink_to(adapter)
+    (folder / "models/distill").symlink_to(adapter)
     return folder
 
 

@@ -117,7 +117,7 @@ SHORT = SMALL | {
 
 @pytest.fixture(scope="module")
 def models(tiny_folder, tmp_path_factory) -> Path:
-    """models/base and models/sft, whose adapter is in the vision tower too."""
+    """models/base and models/distill, whose adapter is in the vision tower too."""
     from peft import LoraConfig, get_peft_model
 
     from apprentice.student import loading
@@ -126,7 +126,7 @@ def models(tiny_folder, tmp_path_factory) -> Path:
     shutil.copytree(tiny_folder, folder / "base")
     torch.manual_seed(0)
     lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
-    get_peft_model(loading.load(tiny_folder)[0], lora).save_pretrained(folder / "sft")
+    get_peft_model(loading.load(tiny_folder)[0], lora).save_pretrained(folder / "distill")
     return folder
 
 

@@ -208,7 +208,7 @@ def test_sft_leaves_out_answers_that_the_students_play_would_cut_off(tiny_folder
     profile = params.load(ROOT / "params.yaml").active
     most = int(np.median(survey.answers))
     profile = profile.model_copy(update={"sampling": profile.sampling.model_copy(update={"max_tokens": most})})
-    fit = stage["fitting"](survey, profile)
+    fit = survey.fitting(profile)
     assert 0 < fit.sum() < len(fit)
     assert (fit == ((survey.answers <= most) & (survey.lengths <= profile.sft.max_length))).all()
     monkeypatch.setattr(examples, "survey", lambda *_: survey)

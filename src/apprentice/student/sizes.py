@@ -39,7 +39,7 @@ _TEXT = {
     "8b": {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32},
 }
 _TOWER = {"2b": _SMALL_TOWER, "4b": _SMALL_TOWER, "8b": _LARGE_TOWER}
-_VOCABULARY, _WORDS, _LEARNT = 151_936, 151_643, 910
+_VOCABULARY, _WORDS, _LEARNT = 151_936, 151_643, 870
 _HEAD, _TOWER_HEAD = 128, 64
 
 
