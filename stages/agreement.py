@@ -23,6 +23,7 @@ def main() -> None:
     profile = params.load().active
 
     from apprentice.data.dataset import Jsonl
+    from apprentice.progress import Progress
     from apprentice.serving import processes
     from apprentice.workers import cores, in_processes
 
@@ -37,7 +38,9 @@ def main() -> None:
     threads = max(1, cores() // len(places))
     shares = [rows[start :: len(places)] for start in range(len(places))]
     calls = [(share, profile.dtype, profile.sampling.max_tokens, together, threads) for share in shares]
-    found = sorted(pair for pairs in in_processes(answers, calls, places) for pair in pairs)
+    with Progress("agreement", {"decision": len(rows)}) as progress:
+        progress.begin("decision", "answers")
+        found = sorted(pair for pairs in in_processes(answers, calls, places) for pair in pairs)
     write_plot("agreement", ["teacher", "student"], [pair for _, *pair in found])
     same = sum(teacher == student for _, teacher, student in found)
     print(f"agreement: the SFT student answers {same} of {len(found)} held-out decisions as the teacher did")

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))  # this checkout's, whatever is installed
 
-from apprentice import params
+from apprentice import compute, params
 from apprentice.stage import run, write_curve, write_metrics, write_plot
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ CURVE = {"loss": "loss", "mean_token_accuracy": "token_accuracy", "learning_rate
 def main() -> None:
     """Train the adapter models/distill."""
     settings = params.load()
+    compute.reporters()  # before minutes of work
     profile, distill = settings.active, settings.active.distill
     where = f"profiles.{settings.profile}.distill"
     if not distill.rounds:
@@ -46,7 +47,7 @@ def main() -> None:
 
         api_key(tutor.endpoint, f"{where}.teacher.endpoint")  # before minutes of play
 
-    from apprentice import compute, gpus
+    from apprentice import gpus
     from apprentice.cache import cache_folder
     from apprentice.endpoint.replies import Replies
     from apprentice.files import digest
@@ -86,8 +87,7 @@ def copy() -> None:
     with replacing(OUT) as out:
         shutil.copytree(SFT, out)
     write_metrics("distill", {"rounds": []})
-    write_plot("distill", ROUND, [])
-    write_curve("distill_train", [], CURVE)
+    write_curves([], [])
     print("distill: no rounds, so models/distill is models/sft")
 
 
@@ -108,6 +108,7 @@ def train(
     from apprentice.student import loading
     from apprentice.training.checkpoints import Often, Whole, last_checkpoint
     from apprentice.training.distillation import DistillTrainer, Practice
+    from apprentice.training.live import Live
     from apprentice.training.probe import Probe
     from apprentice.training.sampler import sampler
 
@@ -118,10 +119,22 @@ def train(
     probe = partial(Probe, distill.seeds, profile.prompt, temperature, distill.max_sampler_mismatch)
     player = sampler(servers, profile, BASE, processor, folder, sleeping, probe)
     trainer = DistillTrainer(distill, model=model, args=args, processing_class=processor)
-    practice = Practice(trainer, player, profile, BASE, folder, rationale, f"{where}.teacher.endpoint")
+
+    def plan() -> tuple[dict[str, int], int]:
+        """What is still to be done, and how many steps have been."""
+        done = trainer.state.global_step
+        return {"step": args.max_steps - done, "play": distill.rounds - -(-done // distill.steps)}, done
+
+    def curves(history: list[dict]) -> None:
+        write_curves(history, practice.rounds())
+
+    news = {"loss": ("loss", ".3f"), "mean_token_accuracy": ("token accuracy", ".1%")}
+    live = Live(trainer, OUT.name, plan, curves, news)
+    practice = Practice(trainer, player, profile, BASE, folder, rationale, f"{where}.teacher.endpoint", live)
     for callback in (Often(), Whole(practice.kept)):
         trainer.add_callback(callback)
     trainer.learn(rounds(trainer, practice, processor, profile, known), last_checkpoint(folder))
+    live.close()
     surveys = [practice.survey(number) for number in range(distill.rounds)]
     if trainer.is_world_process_zero():
         write(trainer, practice, surveys, processor, profile)
@@ -163,6 +176,7 @@ def rounds(
 
 def arguments(profile: params.Profile, folder: Path, rows: int, accumulation: int):
     """The settings as TRL takes them."""
+    from apprentice.training import live
     from apprentice.training.sft import config
 
     distill = profile.distill
@@ -174,7 +188,13 @@ def arguments(profile: params.Profile, folder: Path, rows: int, accumulation: in
         logging_steps=next(steps for steps in range(25, 0, -1) if distill.steps % steps == 0),
         ignore_data_skip=True,
         ddp_timeout=24 * 3600,  # the slowest rank's play is waited for
+        **live.reporting(OUT.name),
     )
+
+
+def write_curves(history: list[dict], rounds: list[dict]) -> None:
+    write_plot("distill", ROUND, [[row[name] for name in ROUND] for row in rounds])
+    write_curve("distill_train", history, CURVE)
 
 
 def write(
@@ -199,8 +219,7 @@ def write(
         "cost_usd": practice.cost(),
     }
     write_metrics("distill", metrics)
-    write_plot("distill", ROUND, [[row[name] for name in ROUND] for row in rounds])
-    write_curve("distill_train", trainer.state.log_history, CURVE)
+    write_curves(trainer.state.log_history, rounds)
     taught = card.teachers([teacher for survey in surveys for teacher in survey.teachers])
     settings = distill.model_dump(mode="json", exclude={"seeds"})  # hundreds
     sections = {

@@ -26,16 +26,17 @@ def main() -> None:
 
         api_key(settings.judge.endpoint, "judge.endpoint")  # before anything else: it may be missing
 
-    from tqdm import tqdm
-
     from apprentice import store
     from apprentice.data.filters import Funnel, NothingLeft, select, to_judge
+    from apprentice.progress import counted
 
     def episodes(purpose: str):
-        found = (episode for name in sources for episode in store.read(Path(f"data/traces/{name}.parquet")))
-        return tqdm(found, desc=purpose, unit="episode", mininterval=1)
+        found = (episode for trace in traces for episode in store.read(trace))
+        return counted(found, purpose, total, "episode")
 
     sources, funnel = [*settings.teachers, *settings.imports], Funnel()
+    traces = [Path(f"data/traces/{name}.parquet") for name in sources]
+    total = sum(store.totals(trace)["episodes"] for trace in traces)
     scores = {}
     if judging:
         from apprentice.data import judge

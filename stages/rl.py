@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))  # this checkout's, whatever is installed
 
-from apprentice import params
+from apprentice import compute, params
 from apprentice.errors import OutOfBounds
 from apprentice.stage import run, write_curve, write_metrics, write_plot
 
@@ -29,11 +29,15 @@ if TYPE_CHECKING:
 
 BASE, START, OUT = Path("models/base"), Path("models/distill"), Path("models/rl")
 ROLLOUTS = Path("data/rl/rollouts.parquet")
+NEWS = {"achievements": ("achievements", ".2f"), "reward": ("reward", ".2f"), "invalid_rate": ("invalid", ".1%")}
+NEWS["kl"] = ("KL", ".3f")
+HELD_OUT = ("iteration", "reward", "achievements", "invalid_rate")
 
 
 def main() -> None:
     """Train the adapter models/rl."""
     settings = params.load()
+    compute.reporters()  # before minutes of work
     profile, rl = settings.active, settings.active.rl
     judge = settings.judge if rl.reward.judge else None
     if judge:
@@ -41,7 +45,7 @@ def main() -> None:
 
         api_key(judge.endpoint, "judge.endpoint")  # before hours of play
 
-    from apprentice import compute, gpus
+    from apprentice import gpus
     from apprentice.cache import cache_folder
     from apprentice.files import digest
     from apprentice.fingerprint import code, fingerprint
@@ -80,10 +84,11 @@ def train(
     none plays in process. sleeping: they and the trainer take turns."""
     from apprentice.student import loading
     from apprentice.training.checkpoints import Whole, last_checkpoint
+    from apprentice.training.live import Live
     from apprentice.training.probe import Probe
     from apprentice.training.rl import RlTrainer
     from apprentice.training.sampler import sampler
-    from apprentice.training.self_play import SelfPlay
+    from apprentice.training.self_play import SelfPlay, evaluations
 
     rl = profile.rl
     args = arguments(profile, folder, rows, accumulation)
@@ -92,7 +97,19 @@ def train(
     player = sampler(servers, profile, BASE, processor, folder, sleeping, probe)
     exact = not servers and profile.dtype == "float32" and rl.quantization is None
     trainer = RlTrainer(model, processor, rl, profile.prompt, args, exact)
-    play = SelfPlay(trainer, player, profile, folder)
+
+    def plan() -> tuple[dict[str, int], int]:
+        """What is still to be done, and how many iterations have been."""
+        done = trainer.iteration
+        left, held_out = rl.iterations - done, len(range(0, rl.iterations, rl.evaluation.every)) + 1
+        held_out -= len(evaluations(folder))
+        return {"iteration": left, "play": left, "held-out play": held_out}, done
+
+    def curves(history: list[dict]) -> None:
+        write_plots(history, evaluations(folder), rl)
+
+    live = Live(trainer, OUT.name, plan, curves, NEWS, stays="reward")
+    play = SelfPlay(trainer, player, profile, folder, live)
     trainer.add_callback(Whole(play.kept))
     stopped = ""
     try:
@@ -100,6 +117,7 @@ def train(
         play.evaluate(rl.iterations)
     except OutOfBounds as reason:
         stopped = str(reason)
+    live.close()
     if trainer.is_world_process_zero():
         write(trainer.history, processor, profile, judge, folder, stopped)
     player.close()
@@ -163,6 +181,7 @@ def iterations(
             play.play_ahead(iteration + 1)
 
         # Update.
+        play.live.begin("iteration", "update")
         yield batches
 
 
@@ -178,7 +197,7 @@ def arguments(profile: params.Profile, folder: Path, rows: int, accumulation: in
     from trl import GRPOConfig
 
     from apprentice import gpus
-    from apprentice.training import memory
+    from apprentice.training import live, memory
 
     rl = profile.rl
     batches = rl.decisions // rl.batch_size
@@ -213,7 +232,7 @@ def arguments(profile: params.Profile, folder: Path, rows: int, accumulation: in
         ddp_timeout=24 * 3600,  # the slowest rank's play is waited for
         remove_unused_columns=False,
         seed=rl.random_seed,
-        report_to="none",
+        **live.reporting(OUT.name),
     )
 
 
@@ -258,7 +277,7 @@ def write_plots(history: list[dict], held_out: list[dict], rl: params.Rl) -> Non
     trained = {"entropy": "entropy", "clip_ratio/region_mean": "clip_fraction", "sampler_mismatch": "sampler_mismatch"}
     trained |= {"staleness": "staleness"} | ({"kl": "kl"} if rl.kl_coefficient else {})
     write_curve("rl_training", history, trained)
-    write_plot("rl_held_out", list(held_out[0]), [list(row.values()) for row in held_out])
+    write_plot("rl_held_out", HELD_OUT, [[row[name] for name in HELD_OUT] for row in held_out])
     # In their own order: a checkpoint sorts the names.
     actions = (
         [iteration, action, entry[f"action/{action}"]] for iteration, entry in enumerate(history) for action in ACTIONS

@@ -8,12 +8,13 @@ Checkpoints lie in the user's cache, named by everything that shapes them: a kil
 """
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))  # this checkout's, whatever is installed
 
-from apprentice import params
+from apprentice import compute, params
 from apprentice.errors import WorkError
 from apprentice.stage import run, write_curve, write_metrics
 
@@ -30,6 +31,7 @@ DATA = {name: Path(f"data/sft/{name}.jsonl") for name in ("train", "val")}
 def main() -> None:
     """Train the adapter models/sft."""
     settings = params.load()
+    compute.reporters()  # before minutes of work
     profile, sft, where = settings.active, settings.active.sft, f"profiles.{settings.profile}"
 
     from apprentice.cache import cache_folder
@@ -86,6 +88,7 @@ def train(
 
     from apprentice.student import loading
     from apprentice.training.checkpoints import Often, Whole, last_checkpoint
+    from apprentice.training.live import Live
     from apprentice.training.sft import SftTrainer
 
     sft = profile.sft
@@ -105,9 +108,13 @@ def train(
         peft_config=loading.lora_config(sft.lora),
         callbacks=[Often(), Whole(), *([EarlyStoppingCallback(patience)] if patience else [])],
     )
+    news = {"loss": ("loss", ".3f"), "eval_loss": ("validation loss", ".3f")}
+    news["eval_mean_token_accuracy"] = ("token accuracy", ".1%")
+    live = Live(trainer, OUT.name, partial(plan, trainer), write_curves, news, stays="eval_loss")
     if sft.zero.stage < 3:  # there no rank has a whole weight to fold
         loading.fold(trainer.model)
     trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints))
+    live.close()
     # With stage 3 each rank has a part of the weights, and all bring them together.
     weights = trainer.accelerator.get_state_dict(trainer.model_wrapped) if sft.zero.stage == 3 else None
     if trainer.is_world_process_zero():
@@ -116,7 +123,7 @@ def train(
 
 def arguments(profile: params.Profile, checkpoints: Path, rows: int, accumulation: int, validated: bool = True):
     """The settings as TRL takes them."""
-    from apprentice.training import devices, memory
+    from apprentice.training import devices, live, memory
     from apprentice.training.sft import config
 
     sft, readers = profile.sft, devices.readers()
@@ -134,6 +141,7 @@ def arguments(profile: params.Profile, checkpoints: Path, rows: int, accumulatio
         deepspeed=memory.zero_config(sft.zero),
         dataloader_num_workers=readers,
         dataloader_persistent_workers=readers > 0,
+        **live.reporting(OUT.name),
     )
 
 
@@ -156,6 +164,19 @@ def examples_of(name: str, survey: str, processor: "Qwen3VLProcessor", profile: 
     return examples.Rows(DATA[name], processor, known.places, chosen[order])
 
 
+def plan(trainer: "SftTrainer") -> tuple[dict[str, int], int]:
+    """What is still to be done, and how many steps have been."""
+    state, every = trainer.state, trainer.state.eval_steps
+    validations = state.max_steps // every - state.global_step // every if trainer.eval_dataset else 0
+    return {"step": state.max_steps - state.global_step, "validation": int(validations)}, state.global_step
+
+
+def write_curves(history: list[dict]) -> None:
+    columns = {"loss": "loss", "mean_token_accuracy": "token_accuracy", "learning_rate": "learning_rate"}
+    write_curve("sft_train", history, columns)
+    write_curve("sft_val", history, {"eval_loss": "loss", "eval_mean_token_accuracy": "token_accuracy"})
+
+
 def write(
     trainer: "SftTrainer",
     weights: dict,
@@ -171,9 +192,7 @@ def write(
     from apprentice.training import examples
 
     history = trainer.state.log_history
-    columns = {"loss": "loss", "mean_token_accuracy": "token_accuracy", "learning_rate": "learning_rate"}
-    write_curve("sft_train", history, columns)
-    write_curve("sft_val", history, {"eval_loss": "loss", "eval_mean_token_accuracy": "token_accuracy"})
+    write_curves(history)
     validations, last = [entry for entry in history if "eval_loss" in entry], trainer.state.global_step
     best = min(validations, key=lambda entry: entry["eval_loss"], default={"step": last})
     metrics = {

@@ -19,10 +19,9 @@ def main() -> None:
     settings = params.load()
     split, shown_with = settings.split, settings.active.prompt
 
-    from tqdm import tqdm
-
     from apprentice import prompt, store
     from apprentice.data import chat_rows, dataset
+    from apprentice.progress import counted
 
     source = Path("data/filtered.parquet")
     achievements = defaultdict(list)
@@ -30,6 +29,7 @@ def main() -> None:
         achievements[seed].append(unlocked)
     # What was played on an unknown world may be next to anything: it is never validated on.
     unknown = achievements.pop(None, [])
+    total = sum(map(len, achievements.values())) + len(unknown)
     means = {seed: sum(counts) / len(counts) for seed, counts in achievements.items()}
     try:
         held_out = dataset.held_out(means, split.val_fraction, split.random_seed)
@@ -43,7 +43,7 @@ def main() -> None:
     def rows(validation: bool):
         nonlocal characters
         system = prompt.system(shown_with)
-        for episode in tqdm(store.read(source), desc="val" if validation else "train", unit="episode", mininterval=1):
+        for episode in counted(store.read(source), f"split {'val' if validation else 'train'}", total, "episode"):
             if (episode.seed in held_out) == validation:
                 for step in episode.steps:
                     if step.invalid:
@@ -63,7 +63,7 @@ def main() -> None:
     train = dataset.write_jsonl(Path("data/sft/train.jsonl"), rows(False), split.random_seed if split.shuffle else None)
     val = dataset.write_jsonl(Path("data/sft/val.jsonl"), rows(True))
     metrics = {
-        "episodes": sum(map(len, achievements.values())) + len(unknown),
+        "episodes": total,
         "train_rows": train,
         "val_rows": val,
         "val_seeds": len(held_out),

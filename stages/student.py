@@ -36,8 +36,7 @@ def hub(settings: params.Params, folder: Path) -> dict:
 
 
 def tiny(settings: params.Params, folder: Path) -> dict:
-    from tqdm import tqdm
-
+    from apprentice.progress import Progress, counted
     from apprentice.student.loading import use_all_cores
     from apprentice.student.tiny import build, tokenizer
     from apprentice.training import pretraining
@@ -48,20 +47,20 @@ def tiny(settings: params.Params, folder: Path) -> dict:
     options = student.pretraining
     calls = [(seed, options.frames_per_seed) for seed in options.seeds]
     played = in_processes(pretraining.frames, calls)
-    worlds = dict(tqdm(played, total=len(calls), desc="frames", unit="seed", mininterval=1))
+    worlds = dict(counted(played, "frames", len(calls), "world"))
     held_out = [frame for seed in options.seeds[:4] for frame in worlds[seed]]
     seen = [frame for seed in options.seeds[4:] for frame in worlds[seed]]
 
     use_all_cores()
     tokens = tokenizer(*pretraining.vocabulary(shown_with, seen[:1000]), student.architecture.vocabulary)
     model, processor = build(student.architecture, tokens, student.random_seed)
-    with tqdm(total=options.steps, desc="pretrain", unit="step", mininterval=1) as bar:
+    with Progress("pretraining", {"step": options.steps}) as progress:
 
-        def progress(step: int, loss: float) -> None:
-            bar.update()
-            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+        def tell(step: int, loss: float) -> None:
+            progress.news = f"loss {loss:.3f}"
+            progress.end("step")
 
-        pretraining.pretrain(model, processor, shown_with, seen, options, student.random_seed, progress)
+        pretraining.pretrain(model, processor, shown_with, seen, options, student.random_seed, tell)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     sight = pretraining.sight(model, processor, shown_with, held_out)

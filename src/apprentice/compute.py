@@ -1,6 +1,7 @@
 """compute.yaml as a checked tree: where stages run, and on what. It changes no result: nothing depends on it."""
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
@@ -14,6 +15,7 @@ from pydantic import (
     model_validator,
 )
 
+from apprentice.errors import ConfigError
 from apprentice.schema import Section, checked, parsed
 
 PATH = Path("compute.yaml")
@@ -159,6 +161,8 @@ class Vllm(Section):
 
 
 class Compute(Section):
+    report_to: Annotated[tuple[Literal["tensorboard", "trackio", "wandb"], ...], Field(strict=False)] = ()
+    """Where sft, distill and rl log to as well, each by a package that has to be installed; TensorBoard reads runs/."""
     vllm: Vllm = Vllm()
     stages: dict[Literal["student", "sft", "distill", "rl", "agreement", "benchmark_student"], Stage] = Field(
         default_factory=dict
@@ -170,6 +174,15 @@ def load(path: Path | None = None) -> Compute:
     """Read and check compute.yaml; without it, everything runs here. Raises ConfigError naming the key."""
     path = path or PATH
     return checked(path, (parsed(path) or {}) if path.exists() else {}, Compute)
+
+
+def reporters() -> list[str]:
+    """report_to. Raises ConfigError for one whose package isn't installed."""
+    found = list(load().report_to)
+    for name in found:
+        if not find_spec(name):
+            raise ConfigError(f"{PATH}: report_to: {name} is not installed; run: pip install {name}")
+    return found
 
 
 def runs_elsewhere(stage: str) -> bool:

@@ -23,6 +23,8 @@ SHAPELESS = (
     # How a command begins and ends, and where things are kept.
     "__init__", "errors", "files", "cache", "fingerprint", "ledger", "workers", "gpus", "stage", "schema",
     "pipeline",
+    # What is seen of it meanwhile.
+    "progress", "training.live",
     # Settings: what they come to is in data/settings, which stages depend on. Where a stage runs.
     "params", "compute", "cloud", "cli", "environment",
     # What was paid for is kept as it came, whatever asks for it; and what it costs.

@@ -7,13 +7,13 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
-from tqdm import tqdm
 
 from apprentice import prompt, store
 from apprentice.episode import HISTORY, Episode, Step
 from apprentice.ledger import Ledger
 from apprentice.params import Prompt
 from apprentice.policy import Policy, Turn
+from apprentice.progress import Progress
 from apprentice.workers import in_processes, together
 from apprentice.world.observation import ACTIONS
 from apprentice.world.world import World
@@ -138,13 +138,13 @@ def record(
         done = ledger.keys()
         missing = [group for group in groups if not done.issuperset(keys[group])]
         calls = [(build, args, replace(spec, seeds=group)) for group in missing]
-        with tqdm(total=len(spec.seeds), desc=spec.agent, unit="episode", mininterval=1) as bar:
-            bar.update(len(spec.seeds) - sum(map(len, missing)))
-            with while_playing if calls else nullcontext():
-                for group, played in in_processes(_play_group, calls, places):
-                    for key, data in zip(keys[group], played, strict=True):
-                        ledger.add(key, data)
-                    bar.update(len(played))
+        left = sum(map(len, missing))
+        shown = Progress(spec.agent, {"episode": left}, done=len(spec.seeds) - left)
+        with shown as progress, while_playing if calls else nullcontext():
+            for group, played in in_processes(_play_group, calls, places):
+                for key, data in zip(keys[group], played, strict=True):
+                    ledger.add(key, data)
+                progress.end("episode", len(played))
         yield from ledger.records(key for group in groups for key in keys[group])
 
 

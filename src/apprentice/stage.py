@@ -10,10 +10,12 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import typer
+from ruamel.yaml import YAML
 
 from apprentice import compute
 from apprentice.errors import guarded
 from apprentice.files import replacing
+from apprentice.progress import quiet
 from apprentice.workers import cores
 
 
@@ -30,6 +32,8 @@ def run(main: Callable[..., None], timed: bool = True) -> None:
     @application.command()
     @functools.wraps(main)
     def stage(**arguments) -> None:
+        if "DVC_STAGE" in os.environ:  # by DVC
+            print(place(os.environ["DVC_STAGE"]), flush=True)
         began = time.monotonic()
         main(**arguments)
         if not timed:
@@ -37,8 +41,22 @@ def run(main: Callable[..., None], timed: bool = True) -> None:
         name = "-".join([Path(sys.argv[0]).stem, *(str(value) for value in arguments.values() if value)])
         write_metrics(f"times/{name}", {"seconds": round(time.monotonic() - began, 1), "cores": cores()})
 
+    quiet()
     guarded(_elsewhere)
     guarded(application)
+
+
+def place(stage: str) -> str:
+    """Where a stage stands among all that params.yaml asks for: stage 3 of 17, in the order of dvc.yaml."""
+    yaml = YAML(typ="safe")
+    names, settings = [], yaml.load(Path("params.yaml").read_text())
+    for name, definition in yaml.load(Path("dvc.yaml").read_text())["stages"].items():
+        if "foreach" in definition:
+            keys = functools.reduce(dict.__getitem__, definition["foreach"].strip("${}").split("."), settings)
+            names += [f"{name}@{key}" for key in keys or ()]
+        else:
+            names.append(name)
+    return f"stage {names.index(stage) + 1} of {len(names)}: {stage}"
 
 
 def _elsewhere() -> None:

@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import uvloop
-from tqdm import tqdm
 
 from apprentice import prompt, store
 from apprentice.endpoint.client import Client
@@ -26,6 +25,7 @@ from apprentice.fingerprint import fingerprint
 from apprentice.params import Endpoint
 from apprentice.play import Spec, play_one
 from apprentice.policy import Turn
+from apprentice.progress import Progress
 from apprentice.workers import together
 from apprentice.world.observation import ACTIONS
 
@@ -110,27 +110,26 @@ def record(spec: Spec, endpoint: Endpoint, code: str, whose: str) -> Iterator[by
         finished = replies.finished(run, code)
         failures: dict[int, str] = {}
         missing = [seed for seed in seeds if seed not in finished]
-        with tqdm(total=len(seeds), desc=name, unit="episode", mininterval=1) as bar:
-            bar.update(len(seeds) - len(missing))
+        with Progress(name, {"episode": len(missing)}, done=len(seeds) - len(missing)) as progress:
 
-            def progress() -> None:
+            def tell() -> None:
                 spent = f", ${client.purse.known:.4f} spent" if client.price else ""
-                bar.set_postfix_str(f"{len(failures)} failed{spent}", refresh=False)
-                bar.update()
+                progress.news = f"{len(failures)} failed{spent}"
+                progress.end("episode")
 
             def ended(seed: int, episode: Episode, record: bytes) -> None:
                 replies.ended(run, seed, policy.costs[seed], code, record)
                 wrong.update((step.invalid, step.reply.finish_reason) for step in episode.steps)
-                tqdm.write(line(seed, episode.length, episode.unlocked, policy.costs[seed]))
-                progress()
+                progress.say(line(seed, episode.length, episode.unlocked, policy.costs[seed]))
+                tell()
 
             def failed(seed: int, error: NoAnswer) -> None:
                 failures[seed] = str(error)
                 replies.failed(run, seed, failures[seed])
-                tqdm.write(f"seed {seed}: failed, {error}")
+                progress.say(f"seed {seed}: failed, {error}")
                 if len(failures) > max(1, endpoint.max_failure_rate * len(seeds)):
                     policy.stopped = policy.stopped or too_many(spec, endpoint, failures)
-                progress()
+                tell()
 
             play = _play(policy, spec, missing, ended, failed)
             with _garbage_collected_seldom():

@@ -6,6 +6,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 
 from apprentice.errors import WorkError
+from apprentice.progress import Progress
 
 
 def download(model: str, revision: str, folder: Path) -> None:
@@ -14,7 +15,9 @@ def download(model: str, revision: str, folder: Path) -> None:
     Raises WorkError if it cannot be had.
     """
     try:
-        snapshot_download(model, revision=revision, local_dir=folder)
+        with Progress(model, {"download": 1}) as progress:
+            progress.begin("download")
+            snapshot_download(model, revision=revision, local_dir=folder)
     except OSError as error:  # the hub's own errors are OSErrors
         raise WorkError(f"{model} at {revision} cannot be downloaded: {error}") from None
     shutil.rmtree(folder / ".cache", ignore_errors=True)

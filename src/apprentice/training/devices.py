@@ -64,6 +64,8 @@ def launch(
     on: the GPUs to train on, None are all. A process that has begun CUDA sees the GPUs that it saw then, whatever the
     environment says later: so with GPUs of its own, one rank too is a process of its own.
     """
+    if not gpus.names():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed says in each rank that it has found no other
     if on is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(on)  # which the ranks inherit
     if ranks == 1 and not group and on is None:

@@ -35,6 +35,7 @@ from apprentice.players import chat, expert  # noqa: F401  what a scripted teach
 from apprentice.players.scripted import Scripted
 from apprentice.policy import Player, Policy, Turn
 from apprentice.training import devices, examples, rollouts
+from apprentice.training.live import Live
 from apprentice.training.sampler import Sampler, weights_digest
 from apprentice.training.sft import SftTrainer
 
@@ -234,11 +235,12 @@ class Practice:
         folder: Path,
         rationale: bool,
         whose: str,
+        live: Live,
     ):
         """base: the folder of the base model. folder: the run's, in the cache; its name is the fingerprint of all that
         shapes the run. rationale: labels have the teacher's words too. whose: where its endpoint's settings stand."""
         self.trainer, self.sampler, self.profile, self.base, self.folder = trainer, sampler, profile, base, folder
-        self.distill, self.rationale, self.whose = profile.distill, rationale, whose
+        self.distill, self.rationale, self.whose, self.live = profile.distill, rationale, whose, live
 
     def rows(self, number: int) -> Path:
         """The rows that a round has made."""
@@ -270,6 +272,7 @@ class Practice:
             seed = int(np.random.default_rng([*numbers, place]).integers(2**62))
             return self.sampler.policy(sampling.temperature, sampling.max_tokens, seed, place)
 
+        self.live.begin("play")
         self.sampler.wake()
         self.sampler.update(model, number)
         if self.trainer.is_world_process_zero():
@@ -286,6 +289,12 @@ class Practice:
             with Ledger(ledger_name) as ledger:
                 self._write(number, share, read(ledger, spec), spec)
         devices.wait()
+        seen = json.loads(self.rows(number).with_name("round.json").read_text())
+        self.live.end(
+            "play",
+            f"round {number + 1} of {distill.rounds}, {seen['achievements']:.1f} achievements, {seen['rows']} labels, "
+            f"agrees with the teacher on {seen['agreement']:.1%}",
+        )
 
     def _write(self, number: int, share: float, found: Labels, spec: Spec) -> None:
         if unread := chat.unread_replies(found.replies, spec, self.whose):
@@ -323,9 +332,9 @@ class Practice:
             return purse.spent
 
     def rounds(self) -> list[dict]:
-        """What was seen in each round."""
+        """What was seen in each round so far."""
         files = (self.rows(number).with_name("round.json") for number in range(self.distill.rounds))
-        return [json.loads(file.read_text()) for file in files]
+        return [json.loads(file.read_text()) for file in files if file.exists()]
 
 
 class DistillTrainer(SftTrainer):

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from datasets import Dataset
-from tqdm import tqdm
 
+from apprentice import progress
 from apprentice.cache import cache_folder
 from apprentice.data.dataset import Jsonl
 from apprentice.errors import WorkError
@@ -59,7 +59,7 @@ def survey(path: Path, base: Path, name: str) -> Survey:
         calls = [(path, base, first, min(first + _PART, size)) for first in range(0, size, _PART)]
         # To start processes takes longer than to go through a small file.
         found = in_processes(_survey_part, calls) if size > _ALONE else (_survey_part(*call) for call in calls)
-        parts = list(tqdm(found, path.name, len(calls), unit="part", mininterval=1))
+        parts = list(progress.counted(found, path.name, len(calls), "part"))
         parts.sort(key=lambda part: part[0])
         counts: Counter[tuple] = Counter()
         episodes: defaultdict[tuple, set[str]] = defaultdict(set)

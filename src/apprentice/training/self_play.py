@@ -24,6 +24,7 @@ from apprentice.params import Profile, Reward
 from apprentice.play import Spec
 from apprentice.student.encoding import batch
 from apprentice.training import devices, rollouts
+from apprentice.training.live import Live
 from apprentice.training.reward import rewards
 from apprentice.training.rl import RlTrainer
 from apprentice.training.sampler import Sampler, weights_digest
@@ -33,21 +34,27 @@ from apprentice.world.observation import ACTIONS
 class SelfPlay:
     """Plays with the policy as the trainer has it. Every rank calls every method, in the same order."""
 
-    def __init__(self, trainer: RlTrainer, sampler: Sampler, profile: Profile, folder: Path):
+    def __init__(self, trainer: RlTrainer, sampler: Sampler, profile: Profile, folder: Path, live: Live):
         """folder: the run's, in the cache; its name is the fingerprint of all that shapes the run."""
-        self.trainer, self.sampler, self.profile, self.folder = trainer, sampler, profile, folder
+        self.trainer, self.sampler, self.profile, self.folder, self.live = trainer, sampler, profile, folder, live
         self.rl = profile.rl
         self._ahead: Callable[[], list[Episode]] | None = None
 
     def episodes(self, iteration: int) -> list[Episode]:
         """An iteration's groups, in order, played with the policy as it is now."""
-        return self._play("train", iteration, self._seeds(iteration))()
+        self.live.begin("play")
+        episodes = self._play("train", iteration, self._seeds(iteration))()
+        self.live.end("play")
+        return episodes
 
     def played_ahead(self, iteration: int) -> list[Episode] | None:
         """What `play_ahead` has begun, None if nothing; after a kill it's continued with the policy that began it."""
         begun, self._ahead = self._ahead, None
         if begun:
-            return begun()
+            self.live.begin("play")
+            episodes = begun()
+            self.live.end("play")
+            return episodes
         kept = self.folder / "ahead" / str(iteration) / "adapter_model.safetensors"
         if not self.rl.staleness or not kept.exists():
             return None
@@ -76,6 +83,7 @@ class SelfPlay:
         folder = self.folder / "evaluated" / str(iteration)
         if not damage(folder):
             return  # before a kill
+        self.live.begin("held-out play")
         episodes = self._play("evaluation", iteration, list(self.rl.evaluation.seeds))()
         if not self._first:
             return
@@ -90,6 +98,8 @@ class SelfPlay:
             self._model.save_pretrained(path, selected_adapters=["default"])
             (path / "evaluation.json").write_text(json.dumps(found))
             seal(path)
+        achieved = f"{found['achievements']:.2f} achievements"
+        self.live.end("held-out play", f"after {iteration} iterations {achieved} on held-out worlds")
 
     def kept(self) -> list[Path]:
         """The files beside a checkpoint that the iterations after it, and the end, read."""

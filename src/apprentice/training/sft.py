@@ -35,7 +35,6 @@ def config(section: Sft | Distill, dtype: str, folder: Path, rows: int, accumula
         max_length=None,
         remove_unused_columns=False,
         dataset_kwargs={"skip_prepare_dataset": True},
-        report_to="none",
         **more,
     )
 
