@@ -20,14 +20,15 @@ def main() -> None:
     settings = params.load()
 
     from apprentice.files import replacing
-    from apprentice.results import report
+    from apprentice.results import report, table
 
     data = report.gather(settings)
     page = Path("metrics/report.html")
     with replacing(page) as unfinished:
         unfinished.write_text(report.page(data))
     worlds = ", ".join(str(world["seed"]) for world in data["replays"]["worlds"])
-    print(f"report: {page}, {page.stat().st_size / 1e6:.1f} MB; replays of the worlds {worlds}")
+    print(f"report: {page}, {page.stat().st_size / 1e6:.1f} MB; replays of the worlds {worlds}\n")
+    table.show(settings)
 
 
 if __name__ == "__main__":

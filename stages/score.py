@@ -1,4 +1,4 @@
-"""score: how the agents of the benchmark compare; metrics/benchmark.json, differences, statistics, a table, plots.
+"""score: how the agents of the benchmark compare; metrics/benchmark.json, differences, statistics, plots.
 
     dvc repro score        or: python stages/score.py
 
@@ -36,7 +36,8 @@ def main() -> None:
     write_metrics("statistics", {"intervals": intervals, "warnings": warnings})
     write_plot("achievements", ["agent", "achievement", "success"], achievements(scores))
     write_plot("agents", ["agent", "achievement_rate", "low", "high"], rates(scores))
-    show(scores, differences, warnings)
+    worlds = next(iter(scores.values()))["episodes"]
+    print(f"score: {len(scores)} agents on {worlds} worlds; `apprentice results` shows them")
 
 
 def achievements(scores: dict) -> list[list]:
@@ -49,37 +50,6 @@ def rates(scores: dict) -> list[list]:
         low, high = row["achievement_rate_ci95"]
         rows.append([agent, row["achievement_rate"], low, high])
     return rows
-
-
-def show(scores: dict, differences: dict, warnings: list[str]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    columns = ["agent", "achievement rate", "95 % interval", "Crafter score", "reward", "steps", "invalid"]
-    table = Table(*columns, title=f"{next(iter(scores.values()))['episodes']} held-out worlds")
-    for agent, row in scores.items():
-        low, high = row["achievement_rate_ci95"]
-        table.add_row(
-            agent,
-            f"{row['achievement_rate']:.1%}",
-            f"{low:.1%} to {high:.1%}",
-            f"{row['crafter_score']:.1f}",
-            f"{row['reward']:.2f}",
-            f"{row['steps_mean']:.0f}",
-            f"{row['invalid_rate']:.1%}",
-        )
-    console = Console(width=None, highlight=False)
-    console.print(table)
-    for pair in ("sft - base", "distill - sft", "rl - distill"):
-        if pair in differences:
-            row = differences[pair]
-            low, high = row["ci95"]
-            console.print(
-                f"{pair}: {row['difference']:+.1%} ({low:+.1%} to {high:+.1%}), p = {row['p_holm']:.2g}, "
-                f"better on {row['better']} of {row['pairs']} worlds, worse on {row['worse']}"
-            )
-    for warning in warnings:
-        console.print(f"note: {warning}", markup=False)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,20 @@ if not find_spec("typer"):
 
 import typer
 
-from apprentice.cli import doctor, estimate, export, imports, launch, merge, play, report, serve, settings, traces
+from apprentice.cli import (
+    doctor,
+    estimate,
+    export,
+    imports,
+    launch,
+    merge,
+    play,
+    report,
+    results,
+    serve,
+    settings,
+    traces,
+)
 
 application = typer.Typer(
     no_args_is_help=True,
@@ -25,6 +38,7 @@ application = typer.Typer(
 _SEE, _DATA, _RUN = "See", "Data", "Run the pipeline"
 application.command("play", rich_help_panel=_SEE)(play.play)
 application.add_typer(traces.application, name="traces", rich_help_panel=_SEE)
+application.command("results", rich_help_panel=_SEE)(results.show_results)
 application.command("report", rich_help_panel=_SEE)(report.report)
 application.command("import", rich_help_panel=_DATA)(imports.add_imports)
 application.command("export", rich_help_panel=_DATA)(export.export)
