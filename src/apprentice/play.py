@@ -140,6 +140,8 @@ def record(
         calls = [(build, args, replace(spec, seeds=group)) for group in missing]
         left = sum(map(len, missing))
         shown = Progress(spec.agent, {"episode": left}, done=len(spec.seeds) - left)
+        if left < len(spec.seeds):
+            shown.say(f"{spec.agent}: {len(spec.seeds) - left} of {len(spec.seeds)} episodes are kept from before")
         with shown as progress, while_playing if calls else nullcontext():
             for group, played in in_processes(_play_group, calls, places):
                 for key, data in zip(keys[group], played, strict=True):

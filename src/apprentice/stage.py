@@ -13,7 +13,7 @@ import typer
 from ruamel.yaml import YAML
 
 from apprentice import compute
-from apprentice.errors import guarded
+from apprentice.errors import ConfigError, guarded
 from apprentice.files import replacing
 from apprentice.progress import quiet
 from apprentice.workers import cores
@@ -35,7 +35,10 @@ def run(main: Callable[..., None], timed: bool = True) -> None:
         if "DVC_STAGE" in os.environ:  # by DVC
             print(place(os.environ["DVC_STAGE"]), flush=True)
         began = time.monotonic()
-        main(**arguments)
+        try:
+            main(**arguments)
+        except ConfigError as error:
+            raise ConfigError(f"{error}{_removed()}") from None
         if not timed:
             return
         name = "-".join([Path(sys.argv[0]).stem, *(str(value) for value in arguments.values() if value)])
@@ -44,6 +47,14 @@ def run(main: Callable[..., None], timed: bool = True) -> None:
     quiet()
     guarded(_elsewhere)
     guarded(application)
+
+
+def _removed() -> str:
+    """DVC removes a stage's outputs before it runs, so that a bad setting would seem to have cost them."""
+    stage, lock = os.environ.get("DVC_STAGE"), Path("dvc.lock")
+    if stage is None or not lock.exists() or f"\n  {stage}:\n" not in lock.read_text():
+        return ""
+    return f"\nDVC had removed the outputs of {stage} before; `dvc checkout` brings them back"
 
 
 def place(stage: str) -> str:

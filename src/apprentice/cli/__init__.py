@@ -15,6 +15,7 @@ if not find_spec("typer"):
 import typer
 
 from apprentice.cli import (
+    cache,
     doctor,
     estimate,
     export,
@@ -44,6 +45,7 @@ application.command("import", rich_help_panel=_DATA)(imports.add_imports)
 application.command("export", rich_help_panel=_DATA)(export.export)
 application.command("merge", rich_help_panel=_DATA)(merge.merge_adapter)
 application.command("serve", rich_help_panel=_RUN)(serve.serve)
+application.add_typer(cache.application, name="cache", rich_help_panel=_RUN)
 application.command("settings", rich_help_panel=_RUN)(settings.show_settings)
 application.command("doctor", rich_help_panel=_RUN)(doctor.doctor)
 application.command("estimate", rich_help_panel=_RUN)(estimate.show_estimate)

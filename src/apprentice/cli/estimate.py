@@ -1,6 +1,7 @@
 """`apprentice estimate`: what a run will take."""
 
 import json
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -19,7 +20,7 @@ def show_estimate(
 
     from apprentice.cloud.estimate import estimate
 
-    found = estimate(settings, places)
+    found = estimate(settings, places, Path.cwd())
     if as_json:
         print(json.dumps(found, indent=2))
         return
@@ -35,7 +36,8 @@ def show_estimate(
         if hours is None:
             return "?"
         low, high = hours
-        return f"{low:.1f} to {high:.1f} h" if high >= 1 else f"{low * 60:.1f} to {high * 60:.1f} min"
+        size, unit, form = (1, "h", ".1f") if high >= 1 else (60, "min", ".0f") if high > 1 / 60 else (3600, "s", ".0f")
+        return f"{low * size:{form}} to {high * size:{form}} {unit}"
 
     columns = ("stage", "decisions", "M tokens", "time", "GPUs", "GPU-hours", "$")
     table = Table(*columns, box=None, title=f"profile {found['profile']}, from nothing")
@@ -49,10 +51,17 @@ def show_estimate(
             text(line["gpu_hours"], ".1f"),
             text(line["usd"], ".2f"),
         )
+
     lacking = f" and what is not known ({', '.join(found['unknown'])})" if found["unknown"] else ""
     console = Console(highlight=False)
     console.print(table)
-    console.print(f"together {text(found['gpu_hours'], '.1f')} GPU-hours, ${text(found['usd'], '.2f')}{lacking}")
-    console.print("A measured time goes from a third less to a third more.\n\nHow each is known:")
+    console.print(
+        f"{time(found['hours'])} together, {text(found['gpu_hours'], '.1f')} GPU-hours, "
+        f"${text(found['usd'], '.2f')}{lacking}"
+    )
+    console.print(
+        "What has run here before is given from a third less to a third more; what was measured on another machine of "
+        "two cores, from a third less to twice as long and more.\n\nHow each is known:"
+    )
     for line in found["stages"]:
         console.print(f"{line['stage']}: {line['how']}. From {'; '.join(line['sources'])}.", markup=False)

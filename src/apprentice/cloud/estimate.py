@@ -19,7 +19,8 @@ from apprentice import compute, prompt
 from apprentice.data.judge import LINES
 from apprentice.endpoint import prices
 from apprentice.files import replacing
-from apprentice.params import Benchmark, Endpoint, Params, Prompt, Teacher
+from apprentice.params import Benchmark, Endpoint, Params, Profile, Prompt, Teacher
+from apprentice.workers import cores
 from apprentice.world.observation import SIZE
 from apprentice.world.world import World
 
@@ -92,11 +93,81 @@ def record(
     rates.cache_clear()
 
 
-def estimate(settings: Params, places: compute.Compute) -> dict:
-    """{"profile", "stages": [each Line as a dict], "usd", "gpu_hours", "unknown": the stages that the sums lack}.
+def estimate(settings: Params, places: compute.Compute, folder: Path | None = None) -> dict:
+    """{"profile", "stages": [each Line as a dict], "hours", "usd", "gpu_hours", "unknown": the stages that the last two
+    lack}.
 
-    places: on how many GPUs of which kind the stages run, wherever that is.
+    places: on how many GPUs of which kind the stages run, wherever that is. folder: a checkout; where the pipeline has
+    run there, its times set the pace.
     """
+    lines = _lines(settings, places)
+    if folder and (before := as_run(settings, folder)):
+        lines = _paced(lines, {line.stage: line for line in _lines(before, places)}, _took(folder))
+    return {
+        "profile": settings.profile,
+        "stages": [asdict(line) for line in lines],
+        "hours": _sum(line.hours for line in lines),
+        "usd": _sum(line.usd for line in lines),
+        "gpu_hours": _sum(line.gpu_hours for line in lines),
+        "unknown": [line.stage for line in lines if line.usd is None],
+    }
+
+
+def as_run(settings: Params, folder: Path) -> Params | None:
+    """The settings that a checkout's pipeline was last run with, of what the estimate is made of; None if it wasn't."""
+
+    def read(name: str):
+        return json.loads((folder / f"data/settings/{name}.json").read_text())
+
+    try:
+        profile = Profile.model_validate({name: read(f"student/{name}") for name in Profile.model_fields})
+        known = [name for name in settings.teachers if (folder / f"data/settings/teachers/{name}.json").exists()]
+        played = {"seeds": tuple(read("benchmark/seeds")), "max_steps": read("benchmark/rules")["steps"]}
+        return settings.model_copy(
+            update={
+                "profiles": {settings.profile: profile},
+                "teachers": {name: Teacher.model_validate(read(f"teachers/{name}")) for name in known},
+                "benchmark": settings.benchmark.model_copy(update=played),
+            }
+        )
+    except (OSError, ValueError):
+        return None
+
+
+def _took(folder: Path) -> dict[str, float]:
+    """Hours of each line's stages when they last ran, with as many cores as there are now."""
+    hours: dict[str, float] = {}
+    for file in sorted(folder.glob("metrics/times/*.json")):
+        time = json.loads(file.read_text())
+        kind, _, name = file.stem.partition("-")
+        line = f"{kind}@{name}" if kind in ("collect", "import") else kind
+        line = "filter, split" if kind in ("filter", "split") else line
+        if time["cores"] == cores():
+            hours[line] = hours.get(line, 0.0) + time["seconds"] / 3600
+    return hours
+
+
+def _paced(lines: list[Line], before: dict[str, Line], took: dict[str, float]) -> list[Line]:
+    """Lines whose hours are what the stage took here before, by so much more or less as there is to do now.
+
+    Not where a stage took less than a fifth of what was to be expected: it has found its work in the cache. Nor where
+    there was four times as much to do, or a quarter: then its pace was another.
+    """
+    found = []
+    for line in lines:
+        expected, real = before[line.stage].hours if line.stage in before else None, took.get(line.stage, 0.0)
+        more = sum(line.hours) / sum(expected) if line.hours and expected else 0.0
+        if line.gpus or not expected or real < sum(expected) / 2 / 5 or not 1 / 4 <= more <= 4:
+            found.append(line)
+            continue
+        share, hours = rates()["spread"]["here"], more * real
+        how = f"{line.how}. It took {60 * real:.1f} minutes here, which counts"
+        hours_now = hours * (1 - share), hours * (1 + share)
+        found.append(replace(line, hours=hours_now, how=how, sources=(*line.sources, "metrics/times")))
+    return found
+
+
+def _lines(settings: Params, places: compute.Compute) -> list[Line]:
     teachers, rl = settings.teachers.values(), settings.active.rl
     lines = [_collect(name, teacher) for name, teacher in settings.teachers.items()]
     lines += [_import(name, Path(source.file)) for name, source in settings.imports.items()]
@@ -115,14 +186,7 @@ def estimate(settings: Params, places: compute.Compute) -> dict:
     if rl.reward.judge:
         episodes = rl.iterations * rl.groups * rl.group_size
         lines.append(_judge("rl: judge", settings, episodes, episodes * rl.max_steps))
-    lines += _agents(settings.benchmark)
-    return {
-        "profile": settings.profile,
-        "stages": [asdict(line) for line in lines],
-        "usd": _sum(line.usd for line in lines),
-        "gpu_hours": _sum(line.gpu_hours for line in lines),
-        "unknown": [line.stage for line in lines if line.usd is None],
-    }
+    return lines + _agents(settings.benchmark)
 
 
 def _sum(ranges: Iterable[Range | None]) -> Range:
@@ -131,8 +195,8 @@ def _sum(ranges: Iterable[Range | None]) -> Range:
 
 
 def _hours(seconds: float) -> Range:
-    spread = rates()["spread"]["share"]
-    return seconds / 3600 * (1 - spread), seconds / 3600 * (1 + spread)
+    spread = rates()["spread"]
+    return seconds / 3600 * (1 - spread["less"]), seconds / 3600 * (1 + spread["more"])
 
 
 def _here(stage: str, number: int, rate: str, what: str) -> Line:
@@ -156,10 +220,14 @@ def _collect(name: str, teacher: Teacher) -> Line:
 
 
 def _agents(benchmark: Benchmark) -> list[Line]:
-    """The benchmark's agents that are paid for; the others take a minute."""
+    """The benchmark's agents: those built in together, each that is paid for alone."""
     worlds, steps = len(benchmark.seeds), benchmark.steps
     what = f"{worlds:,} worlds × at most {steps:,} decisions"
-    return [
+    built_in = sum(agent.endpoint is None for agent in benchmark.agents.values())
+    scripted = _here(
+        "benchmark", built_in * worlds * steps, "collect_decisions_per_second", f"{built_in} agents built in × {what}"
+    )
+    return [scripted] * bool(built_in) + [
         _chat(f"benchmark@{name}", agent.endpoint, agent.prompt, f"benchmark.agents.{name}", worlds * steps, what)
         for name, agent in benchmark.agents.items()
         if agent.endpoint
@@ -285,6 +353,10 @@ def _student(settings: Params, places: compute.Compute, read: int) -> list[Line]
                     sources += (source,)
         hours = low / 3600, high / 3600
         if not cards:
+            begun = rates()["machine"]["begin_seconds"] * (students if stage == "benchmark_student" else 1)
+            begins = _hours(begun)
+            hours = hours[0] + begins[0], hours[1] + begins[1]
+            how += f"; {begun} seconds to begin"
             return Line(stage, decisions, decisions * each, hours, 0, _NOTHING, _NOTHING, how, sources)
         if place and place.where == "sky":
             setup = rates()["setup"]
@@ -333,8 +405,8 @@ def _both(rate: float | list[float]) -> Range:
     """The low and the high rate; of a measured one, the spread around it."""
     if isinstance(rate, list):
         return rate[0], rate[1]
-    spread = rates()["spread"]["share"]
-    return rate / (1 + spread), rate / (1 - spread)
+    spread = rates()["spread"]
+    return rate / (1 + spread["more"]), rate / (1 - spread["less"])
 
 
 def _span(low: float, high: float) -> str:

@@ -72,6 +72,12 @@ class Live(TrainerCallback):
         plan, done = self.plan()
         self._progress = Progress(self.stage, plan, done, shown=state.is_world_process_zero)
         self._progress.__enter__()
+        if done:
+            unit, then = self._progress.unit, "and it goes on from there" if any(plan.values()) else "which is all"
+            self._progress.say(
+                f"{self.stage}: {done} of {self._progress.total} {unit}s are kept from before, {then}; to begin anew: "
+                f"apprentice cache clear {self.stage}"
+            )
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         if "step" in self._progress.plan:
