@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import shutil
 import sys
 import time
@@ -37,6 +38,10 @@ _HELP = (
 )
 
 
+_BESIDE, _WORDS, _FLASH = 34, 8, 8
+"""Columns that words need beside a picture; lines that they have below it; steps that an achievement is flashed for."""
+
+
 def play(
     agent: Annotated[
         str,
@@ -46,8 +51,10 @@ def play(
         ),
     ],
     seed: Annotated[
-        int | None, typer.Option(min=0, help="Of the world; otherwise the first that the benchmark plays.")
+        int | None,
+        typer.Option(min=0, max=2**31 - 1, help="Of the world; otherwise the first that the benchmark plays."),
     ] = None,
+    best: Annotated[bool, typer.Option("--best", help="Show its best episode of the benchmark, as recorded.")] = False,
     max_steps: Annotated[
         int | None, typer.Option(min=1, max=10_000, help="Otherwise the benchmark's; 10,000 by hand.")
     ] = None,
@@ -60,6 +67,10 @@ def play(
 
     Example: apprentice play rl --seed 200003 --gif rl.gif
     """
+    if best and (seed is not None or max_steps is not None or agent == agents.ME):
+        raise ConfigError(
+            "--best shows an episode that the benchmark has recorded; leave --seed, --max-steps and me out"
+        )
     for path, ending in ((gif, ".gif"), (mp4, ".mp4")):
         if path and path.suffix.lower() != ending:
             raise ConfigError(f"{path} must end in {ending}")
@@ -70,6 +81,9 @@ def play(
     settings = params.load() if agent not in (*agents.SCRIPTED, agents.ME) or params.PATH.exists() else None
     if agent not in agents.names():
         raise ConfigError(f"there is no agent {agent!r}; there are {', '.join(agents.names())}")
+    recorded = _recorded(agent) if best else None
+    if recorded:
+        seed, max_steps = recorded.seed, recorded.length
     if seed is None:
         seed = settings.benchmark.seeds[0] if settings else 0
     if max_steps is None:
@@ -79,7 +93,7 @@ def play(
         end = _by_hand(seed, max_steps)
         steps, reward, achievements, died = end.steps, end.reward, end.achievements, end.died
     else:
-        episode = _watch(agent, settings, seed, max_steps, gif, mp4, fps, as_json)
+        episode = _watch(agent, settings, seed, max_steps, gif, mp4, fps, as_json, recorded)
         steps, reward, achievements, died = (
             episode.length, episode.reward, episode.unlocked, episode.steps[-1].died
         )  # fmt: skip
@@ -106,9 +120,14 @@ def _watch(
     mp4: Path | None,
     fps: float,
     quiet: bool,
+    recorded: "Episode | None",
 ) -> "Episode":
-    """Let it play, and show or film it."""
+    """Let it play, or take what is recorded, and show or film it."""
     from apprentice.cli import film, watch
+
+    opening = settings.benchmark.opening if recorded and settings else ()
+    if not quiet and not recorded:
+        print(_loading(agent, settings), file=sys.stderr)
 
     if sys.stdout.isatty() and not (gif or mp4 or quiet):
         with _Screen(f"{agent}, seed {seed}", max_steps) as screen:
@@ -120,12 +139,39 @@ def _watch(
                 last = time.monotonic()
                 screen.show(moment)
 
-            return _episode(agent, settings, seed, max_steps, (screen.size, show))
-    episode = _episode(agent, settings, seed, max_steps)
+            if recorded is None:
+                return _episode(agent, settings, seed, max_steps, (screen.size, show))
+            for moment in watch.moments(recorded, screen.size, opening):
+                show(moment)
+            return recorded
+    episode = recorded or _episode(agent, settings, seed, max_steps)
     for path, write in ((gif, film.write_gif), (mp4, film.write_mp4)):
         if path:
-            write(path, watch.moments(episode, film.SIZE), f"{agent}, seed {seed}", fps)
+            write(path, watch.moments(episode, film.SIZE, opening), f"{agent}, seed {seed}", fps)
     return episode
+
+
+def _recorded(agent: str) -> "Episode":
+    """The agent's best episode of the benchmark."""
+    from apprentice import store
+    from apprentice.results import table
+
+    path = Path(f"data/benchmark/{agent}.parquet")
+    if not path.exists():
+        raise ConfigError(f"there is no {path}: dvc repro plays the benchmark, or dvc pull brings it")
+    seed = table.best(agent)
+    return next(episode for episode in store.read(path) if episode.seed == seed)
+
+
+def _loading(agent: str, settings: params.Params | None) -> str:
+    """What is to come, before it takes some seconds."""
+    if settings and agent in agents.students(settings):
+        folders = dict.fromkeys([agents.BASE, agents.students(settings)[agent]])
+        return f"loading {' and '.join(folders)} on {os.cpu_count()} cores, a few seconds for the tiny student …"
+    if settings and agent in agents.models(settings):
+        model, _ = agents.models(settings)[agent]
+        return f"asking {model.endpoint.model} at {model.endpoint.base_url}, a request for each decision …"
+    return f"{agent} begins …"
 
 
 def _episode(
@@ -185,42 +231,78 @@ def _by_hand(seed: int, max_steps: int) -> "Moment":
 
 
 class _Screen:
-    """The terminal while an episode is shown; afterwards it's as it was."""
+    """The terminal while an episode is shown; afterwards it's as it was, with the last picture on it.
+
+    Beside the picture stand the words, where there is room for them, or below it.
+    """
 
     def __init__(self, title: str, max_steps: int, help_lines: tuple[str, ...] = ()):
         from apprentice.cli import screen
 
         self.title, self.max_steps, self.help_lines, self.screen = title, max_steps, help_lines, screen
-        self.size = screen.picture_size(lines_below=5 + len(help_lines))
-        self.begun = False
+        columns, _ = shutil.get_terminal_size()
+        self.size = screen.picture_size(lines_below=1)
+        self.beside = columns - self.size >= _BESIDE
+        if not self.beside:
+            self.size = screen.picture_size(lines_below=_WORDS + len(help_lines))
+        self.begun, self.news, self.until = False, "", 0
+        self.last: list[str] = []
 
     def __enter__(self) -> "_Screen":
         return self
 
     def __exit__(self, *exception) -> None:
         if self.begun:
-            self._write(self.screen.LEAVE)
+            self._write(self.screen.LEAVE + "\n".join([*self.last, ""]))
 
     def show(self, moment: "Moment") -> None:
         if not self.begun:  # not before: loading a model has things to say
             self.begun = True
             self._write(self.screen.ENTER)
+        if moment.unlocked:
+            self.news, self.until = f" unlocked {', '.join(moment.unlocked)} ", moment.steps + _FLASH
         columns = shutil.get_terminal_size().columns
-        observation = moment.observation
-        vitals = ", ".join(f"{name} {value}" for name, value in observation.vitals.items())
-        owned = ", ".join(f"{name} {count}" for name, count in observation.inventory.items() if count)
-        news = f"unlocked {', '.join(moment.unlocked)}" if moment.unlocked else moment.invalid
-        lines = [
-            f"{self.title}, step {moment.steps}/{self.max_steps}, reward {moment.reward:.1f}, "
-            f"{len(moment.achievements)} of 22{', asleep' if observation.sleeping else ''}: {moment.action}",
-            vitals + (f"; {owned}" if owned else ""),
-            news,
-            moment.said,
-            *self.help_lines,
-        ]
-        words = [self.screen.plain(line, columns) for line in lines]
+        width = columns - self.size - 2 if self.beside else columns
         picture = self.screen.half_blocks(moment.image)
-        self._write(self.screen.HOME + "\n".join(line + self.screen.TO_END for line in [*picture, *words]))
+        words = self._words(moment, width)
+        if self.beside:
+            words += [""] * (len(picture) - len(words))
+            lines = [f"{left}  {right}" for left, right in zip(picture, words, strict=False)]
+        else:
+            lines = [*picture, *words]
+        self.last = lines
+        self._write(self.screen.HOME + "\n".join(line + self.screen.TO_END for line in lines))
+
+    def _words(self, moment: "Moment", width: int) -> list[str]:
+        """What is going on, a line each."""
+        observation = moment.observation
+        vitals = " ".join(f"{name} {value}" for name, value in observation.vitals.items())
+        owned = ", ".join(f"{name} {count}" for name, count in observation.inventory.items() if count)
+        asleep = ", asleep" if observation.sleeping else ""
+        ended = ", died" if moment.died else ", over" if moment.done else ""
+        texts = {
+            self.title: 1,
+            f"step {moment.steps}/{self.max_steps}, reward {moment.reward:.1f}, {len(moment.achievements)}/22"
+            f"{asleep}{ended}": 1,
+            f"{moment.action}: {moment.caption}" if moment.action else "at the start": 2,
+            vitals: 1,
+            owned or "owns nothing": 3,
+            moment.said or moment.invalid: 3,
+        }
+        lines = [
+            line for text, most in texts.items() for line in self.screen.folded(text, width, most if self.beside else 1)
+        ]
+        flash = moment.steps < self.until and bool(self.news)
+        lines.insert(1, f"\x1b[7m{self.screen.plain(self.news, width)}\x1b[0m" if flash else "")
+        if self.beside:
+            lines += [
+                "",
+                *(
+                    f"{len(moment.achievements) - place}. {name}"
+                    for place, name in enumerate(moment.achievements[:-6:-1])
+                ),
+            ]
+        return lines + [line for text in self.help_lines for line in self.screen.folded(text, width, 4)]
 
     def _write(self, text: str) -> None:
         sys.stdout.write(text)

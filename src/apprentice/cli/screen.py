@@ -1,6 +1,7 @@
 """Pictures and untrusted words in a terminal."""
 
 import shutil
+import textwrap
 
 import numpy as np
 
@@ -37,3 +38,10 @@ def plain(text: str, width: int | None = None) -> str:
     """Words of a model as one line that can do nothing to a terminal, cut to this width."""
     line = " ".join("".join(sign if sign.isprintable() else " " for sign in text).split())
     return line if width is None or len(line) <= width else line[: width - 1] + "…"
+
+
+def folded(text: str, width: int, most: int) -> list[str]:
+    """The same in so many lines of this width; the last is cut, or those that it doesn't need are empty."""
+    lines = textwrap.wrap(plain(text), width)
+    lines += [""] * (most - len(lines))
+    return [*lines[: most - 1], plain(" ".join(lines[most - 1 :]), width)]

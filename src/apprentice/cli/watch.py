@@ -3,6 +3,7 @@
 The world is deterministic: whoever looks on plays the same actions in a world of their own.
 """
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -38,6 +39,8 @@ class Moment:
     """So far, in the order of their unlocking."""
     done: bool
     died: bool
+    caption: str = ""
+    """What the action did, in words."""
 
 
 class Spectator:
@@ -47,15 +50,19 @@ class Spectator:
         self._world, self._size = World(seed, max_steps=max_steps + len(opening)), size
         self._opening = opening
         self._steps, self._reward, self._achievements = 0, 0.0, ()
+        self._before: Observation | None = None
 
     def start(self) -> Moment:
         observation = self._world.reset()
         for action in self._opening:
             observation = self._world.step(action).observation
+        self._before = observation
         return Moment(0, "", "", "", observation, self._world.render(self._size), 0.0, (), (), False, False)
 
     def see(self, action: str, said: str = "", invalid: str = "") -> Moment:
         outcome = self._world.step(action)
+        told = caption(self._before, action, outcome.observation) if self._before else ""
+        self._before = outcome.observation
         self._steps += 1
         self._reward += outcome.reward
         self._achievements += outcome.unlocked
@@ -71,7 +78,41 @@ class Spectator:
             self._achievements,
             outcome.done,
             outcome.died,
+            told,
         )
+
+
+def _words(message: dict) -> str:
+    """What a player says beside its calls, which the caption tells of."""
+    return re.sub(r"<tool_call>.*?(</tool_call>|$)", "", prompt.said(message), flags=re.DOTALL).strip()
+
+
+_HANDS = {
+    "tree": "chops the tree", "water": "drinks", "grass": "searches the grass for a sapling", "stone": "mines stone",
+    "coal": "mines coal", "iron": "mines iron", "diamond": "mines a diamond", "zombie": "hits the zombie",
+    "skeleton": "hits the skeleton", "cow": "hits the cow", "plant": "pokes the plant", "ripe-plant": "eats the plant",
+}  # fmt: skip
+_OTHERWISE = {"noop": "waits", "sleep": "lies down to sleep"}
+
+
+def caption(before: Observation, action: str, after: Observation) -> str:
+    """What an action did, in words: chops the tree: wood +1."""
+    ahead, (verb, _, what) = prompt.ahead(before), action.partition("_")
+    owned = before.vitals | before.inventory
+    now = after.vitals | after.inventory
+    changes = [f"{name} {now[name] - count:+}" for name, count in owned.items() if now[name] != count]
+    if before.sleeping and after.sleeping:
+        told = "sleeps"
+    elif verb == "move":
+        told = f"walks {what}" if before.position != after.position else f"turns {what}, to {prompt.ahead(after)}"
+    elif action == "do":
+        told = _HANDS.get(ahead, f"uses its hands on {ahead}")
+    elif verb in ("place", "make"):
+        done = before.inventory != after.inventory
+        told = f"{verb}s {what.replace('_', ' ')}" if done else f"tries to {verb} {what.replace('_', ' ')}"
+    else:
+        told = _OTHERWISE.get(action, action)
+    return told + (f": {', '.join(changes)}" if changes else "")
 
 
 class Watched:
@@ -96,7 +137,7 @@ class _WatchedPlayer:
         reply = await self.player.reply(turn)
         parsed = prompt.parse(reply.message, turn.settings.max_actions)
         for action in parsed.actions or ("noop",):
-            moment = self.spectator.see(action, prompt.said(reply.message), parsed.invalid)
+            moment = self.spectator.see(action, _words(reply.message), parsed.invalid)
             self.show(moment)
             if moment.done:
                 break
@@ -112,4 +153,4 @@ def moments(episode: Episode, size: int, opening: Sequence[str] = ()) -> Iterato
     yield spectator.start()
     for step in episode.steps:
         for action in step.executed:
-            yield spectator.see(action, prompt.said(step.reply.message), step.invalid)
+            yield spectator.see(action, _words(step.reply.message), step.invalid)

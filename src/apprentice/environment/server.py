@@ -53,6 +53,10 @@ def application(
     async def refuse(_: Request, error: Wrong) -> JSONResponse:
         return JSONResponse({"detail": str(error)}, error.status)
 
+    @app.get("/", include_in_schema=False)
+    async def root() -> dict:
+        return {"what": "Crafter, for trainers of agents", "see": ["/docs", "/info", "/health"]}
+
     @app.get("/info")
     async def info() -> dict:
         return {

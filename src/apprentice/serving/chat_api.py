@@ -246,6 +246,10 @@ def application(engine: Engine) -> FastAPI:
         where = ".".join(str(part) for part in first["loc"] if part != "body")
         return _error(f"{where}: {first['msg']}".removeprefix(": "), where, 400)
 
+    @app.get("/", include_in_schema=False)
+    async def root() -> dict:
+        return {"what": f"{engine.name}, by OpenAI's chat API", "see": ["/v1/models", "/v1/chat/completions", "/docs"]}
+
     @app.get("/health")
     async def health() -> Response:
         return Response()
