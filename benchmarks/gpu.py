@@ -77,7 +77,7 @@ def main(
         raise typer.BadParameter(f"--size {min(unknown)}: sizes are {', '.join(sizes.PARAMETERS)} and tiny")
     if set(size) != {"tiny"} and not (gpus.used() or gpus.rehearsed()):
         raise typer.BadParameter(
-            "there is no GPU here, and the hub's sizes take hours on a processor; --size tiny shows what the table is like"
+            "there is no GPU here, where the hub's sizes take hours; --size tiny shows what the table is like"
         )
     if write and ("tiny" in size or not gpus.used()):
         raise typer.BadParameter("--write is for rates of a GPU and of the hub's sizes")

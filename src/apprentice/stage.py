@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import typer
-from ruamel.yaml import YAML
 
 from apprentice import compute
 from apprentice.errors import ConfigError, guarded
 from apprentice.files import replacing
 from apprentice.progress import quiet
+from apprentice.schema import parsed
 from apprentice.workers import cores
 
 
@@ -59,15 +59,18 @@ def _removed() -> str:
 
 def place(stage: str) -> str:
     """Where a stage stands among all that params.yaml asks for: stage 3 of 17, in the order of dvc.yaml."""
-    yaml = YAML(typ="safe")
-    names, settings = [], yaml.load(Path("params.yaml").read_text())
-    for name, definition in yaml.load(Path("dvc.yaml").read_text())["stages"].items():
-        if "foreach" in definition:
-            keys = functools.reduce(dict.__getitem__, definition["foreach"].strip("${}").split("."), settings)
-            names += [f"{name}@{key}" for key in keys or ()]
-        else:
-            names.append(name)
-    return f"stage {names.index(stage) + 1} of {len(names)}: {stage}"
+    names = []
+    try:
+        settings, pipeline = (parsed(Path(name)) for name in ("params.yaml", "dvc.yaml"))
+        for name, definition in pipeline["stages"].items():
+            if "foreach" in definition:
+                keys = functools.reduce(dict.__getitem__, definition["foreach"].strip("${}").split("."), settings)
+                names += [f"{name}@{key}" for key in keys]
+            else:
+                names.append(name)
+        return f"stage {names.index(stage) + 1} of {len(names)}: {stage}"
+    except (ConfigError, KeyError, TypeError, ValueError):  # what is wrong with params.yaml, the stage will say
+        return f"stage {stage}"
 
 
 def _elsewhere() -> None:

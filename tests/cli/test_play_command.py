@@ -15,6 +15,7 @@ from command_line import run, write_params
 from endpoint import Answer, Server, call, completion
 from PIL import Image
 
+from apprentice import store
 from apprentice.cli import screen, watch
 from apprentice.params import Prompt
 from apprentice.play import Spec, play
@@ -67,6 +68,7 @@ def test_a_film_has_a_frame_for_each_step(folder):
     [
         (["nobody"], "there is no agent 'nobody'; there are random, noop, expert, base, sft, distill, rl, api, me"),
         (["me"], "needs a terminal"),
+        (["noop", "--seed", str(2**31)], "2147483647"),
         (["expert", "--gif", "a.mp4"], "a.mp4 must end in .gif"),
         (["rl"], "rl needs models/base, which is not there; make it by dvc repro"),
     ],
@@ -123,15 +125,42 @@ def test_in_a_terminal_pictures_are_shown_and_the_screen_is_given_back(folder):
     frames = shown.split(screen.HOME)
     assert len(frames) > 6 and shown.index(screen.ENTER[:8]) < shown.index(screen.LEAVE[-8:])
     assert "step 5/5" in frames[-1] and "health 9" in frames[-1]
+    assert shown.index("expert begins") < shown.index(screen.ENTER[:8])
     after = shown.split(screen.LEAVE)[-1]
-    assert "expert on seed 200200: 5 steps" in after
+    assert "expert on seed 200200: 5 steps" in after and "▀" in after and "step 5/5" in after  # the last picture stays
+    for frame in frames[1:]:
+        assert [line for line in bare(frame.split(screen.LEAVE)[0]).split("\n") if len(line.strip("\r")) > 80] == []
+        assert frame.split(screen.LEAVE)[0].count("\n") < 24
+
+
+def bare(text: str) -> str:
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
+
+
+def test_an_achievement_is_flashed_and_the_caption_tells_what_happens(folder):
+    code, shown = in_terminal(folder, ["play", "expert", "--seed", "200003", "--max-steps", "29", "--fps", "100"])
+    frames = shown.split(screen.HOME)[2:]
+    assert code == 0 and len(frames) == 30
+    assert "\x1b[7m unlocked defeat_zombie" in frames[22] and "hits the zombie: health -2" in bare(frames[22])
+    assert "\x1b[7m" not in frames[21] and "turns left, to zombie" in bare(frames[17])
+    assert "2. collect_sapling" in bare(frames[26])
+
+
+def test_the_best_of_the_benchmark_is_shown_as_it_was_recorded(folder):
+    episodes = play(Scripted("random"), Spec([5, 6, 7], 60, Prompt(), "random"))
+    store.write(folder / "data/benchmark/random.parquet", episodes)
+    best = max(episodes, key=lambda episode: (len(episode.unlocked), episode.reward))
+    found = json.loads(run(folder, "play", "random", "--best", "--json").stdout)
+    assert (found["seed"], found["achievements"]) == (best.seed, list(best.unlocked)) and found["steps"] == best.length
+    assert "leave --seed" in run(folder, "play", "random", "--best", "--seed", "5").stderr
+    assert "there is no data/benchmark/rl.parquet" in run(folder, "play", "rl", "--best").stderr
 
 
 def test_by_hand_the_keys_are_crafters(folder):
     code, shown = in_terminal(folder, ["play", "me", "--seed", "3"], b"d n?x")
     assert code == 0
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown)
-    assert "step 1/10000, reward 0.0, 0 of 22: move_right" in plain
+    assert "step 1/10000, reward 0.0, 0/22" in plain and "move_right: " in plain
     assert "step 2/10000" in plain and "do" in plain and "step 3/10000" in plain
     assert "step 4/10000" not in plain and "me on seed 3: 3 steps" in plain
 

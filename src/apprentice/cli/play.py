@@ -260,7 +260,7 @@ class _Screen:
             self.begun = True
             self._write(self.screen.ENTER)
         if moment.unlocked:
-            self.news, self.until = f" unlocked {', '.join(moment.unlocked)} ", moment.steps + _FLASH
+            self.news, self.until = f"unlocked {', '.join(moment.unlocked)}", moment.steps + _FLASH
         columns = shutil.get_terminal_size().columns
         width = columns - self.size - 2 if self.beside else columns
         picture = self.screen.half_blocks(moment.image)
@@ -293,7 +293,7 @@ class _Screen:
             line for text, most in texts.items() for line in self.screen.folded(text, width, most if self.beside else 1)
         ]
         flash = moment.steps < self.until and bool(self.news)
-        lines.insert(1, f"\x1b[7m{self.screen.plain(self.news, width)}\x1b[0m" if flash else "")
+        lines.insert(1, f"\x1b[7m {self.screen.plain(self.news, width - 2)} \x1b[0m" if flash else "")
         if self.beside:
             lines += [
                 "",
