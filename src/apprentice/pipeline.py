@@ -15,7 +15,7 @@ ROOT = PACKAGE.parent.parent
 PIPELINE, LOCK, VERSIONS = ROOT / "dvc.yaml", ROOT / "requirements.lock", PACKAGE / "versions.yaml"
 HOUSE = ROOT / "docs/house.md"
 FLOORS = {
-    "nouns": "errors schema files cache params compute workers gpus progress world episode prompt policy store "
+    "nouns": "errors schema files cache params compute progress workers gpus world episode prompt policy store "
     "fingerprint ledger endpoint stage",
     "verbs": "play players data student serving training results cloud environment",
     "faces": "pipeline cli",

@@ -1,6 +1,7 @@
 """What a run shows while it works: one line, rewritten in a terminal; elsewhere one is printed every half minute."""
 
 import builtins
+import logging
 import os
 import re
 import shutil
@@ -12,18 +13,23 @@ from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 T = TypeVar("T")
+_SEEN = 0.5
+"""Seconds that the unit of work has to have taken before it is known how long it takes."""
 EVERY = 30.0
 """Seconds between the lines, where it's no terminal."""
 
 
 def quiet() -> None:
-    """Let libraries keep to themselves what is meant for their programmers, here and in the processes begun from here:
-    deprecations, and bars of their own. What the user has set stays."""
+    """Let libraries keep to themselves what is meant for their programmers: deprecations, and bars of their own.
+
+    For the programs of stages, and the processes that work for them. What the user has set stays.
+    """
     unwanted = [("", "FutureWarning"), ("", "DeprecationWarning"), (_THREADS, "UserWarning")]
     for message, category in unwanted:
         warnings.filterwarnings("ignore", re.escape(message), getattr(builtins, category))
     os.environ.setdefault("PYTHONWARNINGS", ",".join(f"ignore:{message}:{category}" for message, category in unwanted))
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' as well
+    logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
 
 
 _THREADS = "OMP_NUM_THREADS/MKL_NUM_THREADS unset"
@@ -55,13 +61,15 @@ class Progress:
         self.news = ""
         """What matters of it just now."""
         self._spent = dict.fromkeys(plan, (0.0, 0))
+        self._warm = False
+        """What comes next has no start of processes in it."""
         self._kind, self._now = self.unit, ""
-        self._mark = self._began = time.monotonic()
+        self._mark = time.monotonic()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._show, daemon=True)
 
     def __enter__(self) -> "Progress":
-        self._mark = self._began = time.monotonic()
+        self._mark = time.monotonic()
         if self.shown:
             self._thread.start()
         return self
@@ -74,13 +82,16 @@ class Progress:
 
     def begin(self, kind: str, shown: str = "") -> None:
         """This kind of work begins now; shown: its name, if another."""
+        self._warm = True
         self._kind, self._now, self._mark = kind, shown or kind, time.monotonic()
 
     def end(self, kind: str, count: int = 1) -> None:
         """So much of a kind has been done since the last call."""
         now = time.monotonic()
         seconds, times = self._spent[kind]
-        self._spent[kind] = seconds + now - self._mark, times + count
+        if kind != self.unit or self._warm:
+            self._spent[kind] = seconds + now - self._mark, times + count
+        self._warm = True
         self._kind, self._now, self._mark = self.unit, "", now
         self.plan[kind] -= count
         if kind == self.unit:
@@ -88,7 +99,8 @@ class Progress:
 
     def left(self) -> float | None:
         """Seconds; None where some kind of work has not been seen yet."""
-        known = {kind: seconds / times for kind, (seconds, times) in self._spent.items() if times}
+        spent = {kind: spent for kind, spent in self._spent.items() if spent[0] > (_SEEN if kind == self.unit else 0)}
+        known = {kind: seconds / times for kind, (seconds, times) in spent.items()}
         ahead = {kind: count for kind, count in self.plan.items() if count > 0}
         if not known.keys() >= ahead.keys():
             return None

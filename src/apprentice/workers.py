@@ -11,6 +11,8 @@ from multiprocessing.connection import wait
 from multiprocessing.queues import SimpleQueue
 from typing import Any, TypeVar
 
+from apprentice.progress import quiet
+
 T = TypeVar("T")
 
 
@@ -67,6 +69,7 @@ def _begin(free: "SimpleQueue[str | None]") -> None:
     gpu = free.get()
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # before anything in this process begins CUDA
+    quiet()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     threading.Thread(target=end_with_parent, daemon=True).start()
 

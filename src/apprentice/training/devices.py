@@ -14,6 +14,7 @@ from torch import distributed, multiprocessing
 
 from apprentice import gpus
 from apprentice.errors import ConfigError, WorkError, fail
+from apprentice.progress import quiet
 from apprentice.workers import cores, end_with_parent
 
 _LEAST = 8
@@ -64,8 +65,6 @@ def launch(
     on: the GPUs to train on, None are all. A process that has begun CUDA sees the GPUs that it saw then, whatever the
     environment says later: so with GPUs of its own, one rank too is a process of its own.
     """
-    if not gpus.names():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed says in each rank that it has found no other
     if on is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(on)  # which the ranks inherit
     if ranks == 1 and not group and on is None:
@@ -111,6 +110,7 @@ def _on_the_processor() -> distributed.ProcessGroup:
 
 def _rank(rank: int, work: Callable[..., None], ranks: int, port: int, relief: str, args: tuple) -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
+    quiet()
     os.environ |= {name: str(rank) for name in ("RANK", "LOCAL_RANK")}
     os.environ |= {name: str(ranks) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
