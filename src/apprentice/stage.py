@@ -39,6 +39,8 @@ def run(main: Callable[..., None], timed: bool = True) -> None:
             main(**arguments)
         except ConfigError as error:
             raise ConfigError(f"{error}{_removed()}") from None
+        finally:
+            _no_longer_live(Path(sys.argv[0]).stem)
         if not timed:
             return
         name = "-".join([Path(sys.argv[0]).stem, *(str(value) for value in arguments.values() if value)])
@@ -47,6 +49,13 @@ def run(main: Callable[..., None], timed: bool = True) -> None:
     quiet()
     guarded(_elsewhere)
     guarded(application)
+
+
+def _no_longer_live(stage: str) -> None:
+    """A stage that has ended, however that came about, has nothing more in metrics/live.json."""
+    live = Path(f"metrics/{LIVE}.json")
+    if live.exists() and json.loads(live.read_text()).get("stage") == stage:
+        write_metrics(LIVE, {})
 
 
 def _removed() -> str:
@@ -81,6 +90,11 @@ def _elsewhere() -> None:
         paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
         os.environ["PYTHONPATH"] = os.pathsep.join(paths)
         os.execv(sys.executable, [sys.executable, "-m", "apprentice", "launch", stage, *arguments])
+
+
+LIVE = "live"
+"""metrics/live.json: what a training stage has come to so far, for `dvc exp show` and the editor; otherwise {}. No
+stage's out, and in git, since DVC complains of metrics that are not there."""
 
 
 def write_metrics(name: str, values: dict) -> None:

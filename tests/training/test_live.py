@@ -1,6 +1,8 @@
 """While a trainer works: its curves grow, metrics/live.json says where it is, and its own bars are gone."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,8 +10,8 @@ import pytest
 from transformers import TrainerState
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from apprentice.stage import write_curve
-from apprentice.training.live import LIVE, Live, reporting
+from apprentice.stage import write_curve, write_metrics
+from apprentice.training.live import Live, reporting
 
 
 class Trainer:
@@ -62,12 +64,24 @@ def test_curves_grow_and_the_file_says_where_it_is(trainer, capfd):
     assert not any(isinstance(one, (PrinterCallback, ProgressCallback)) for one in trainer.callbacks)
     for step in trainer.train(4):
         assert len(Path("metrics/plots/sft_train.csv").read_text().splitlines()) == 1 + step
-        assert json.loads(LIVE.read_text()) == {"stage": "sft", "step": step, "of": 4, "loss": 1 / step}
+        assert json.loads(Path("metrics/live.json").read_text()) == {
+            "stage": "sft",
+            "step": step,
+            "of": 4,
+            "loss": 1 / step,
+        }
     shown.close()
-    assert not LIVE.exists()
     lines = capfd.readouterr().err.splitlines()
     assert lines[0] == "sft 1/4: loss 1.000"  # the first step says nothing of how long the others take
     assert lines[-1] == "sft 4/4: loss 0.250" and len(lines) == 4
+
+
+def test_a_stage_that_has_ended_is_no_longer_live(trainer):
+    write_metrics("live", {"stage": "rl", "iteration": 3})
+    for stage, left in {"sft": {"stage": "rl", "iteration": 3}, "rl": {}}.items():
+        code = f"import sys; sys.argv = ['{stage}.py']; from apprentice.stage import run\ndef main(): 1 / 0\nrun(main)"
+        subprocess.run([sys.executable, "-c", code], capture_output=True)
+        assert json.loads(Path("metrics/live.json").read_text()) == left
 
 
 def test_what_is_taken_up_is_said(trainer, capfd):

@@ -5,7 +5,6 @@ It shapes no result.
 
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from transformers import Trainer, TrainerCallback
@@ -13,10 +12,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from apprentice import compute
 from apprentice.progress import Progress
-from apprentice.stage import write_metrics
-
-LIVE = Path("metrics/live.json")
-"""What the stage at work has come to, for `dvc metrics show` and `dvc exp show`; no stage's out, gone at its end."""
+from apprentice.stage import LIVE, write_metrics
 
 
 def reporting(stage: str) -> dict[str, Any]:
@@ -64,8 +60,6 @@ class Live(TrainerCallback):
         """There will be nothing more to show."""
         if self._progress:
             self._progress.__exit__()
-            if self._progress.shown:
-                LIVE.unlink(missing_ok=True)
             self._progress = None
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
@@ -99,4 +93,4 @@ class Live(TrainerCallback):
         self.curves(state.log_history)
         counts = {self._progress.unit: self._progress.done, "of": self._progress.total}
         values = {self.news[key][0]: float(value) for key, value in self._seen.items()}
-        write_metrics(LIVE.stem, {"stage": self.stage, **counts, **values})
+        write_metrics(LIVE, {"stage": self.stage, **counts, **values})
