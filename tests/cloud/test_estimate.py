@@ -2,6 +2,7 @@
 
 import json
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from apprentice import compute, params
 from apprentice.cloud import estimate as room
 from apprentice.cloud.estimate import RATES, rates, record
 from apprentice.pipeline import ROOT
+from apprentice.workers import cores
 
 yaml = YAML(typ="safe")
 GPT = {
@@ -215,7 +217,8 @@ def test_imported_lines_are_rows_to_train_on(settings, tmp_path):
 def test_a_student_without_rates_is_not_guessed(settings):
     found = estimate(settings(profile="qwen2b", profiles__qwen2b__student__model="Qwen/Qwen3-VL-32B-Instruct"))
     assert found["unknown"] == ["sft", "distill", "rl", "agreement", "benchmark_student"]
-    assert found["stages"][-1]["tokens"] > 0 and found["stages"][-1]["hours"] is None
+    line = next(line for line in found["stages"] if line["stage"] == "benchmark_student")
+    assert line["tokens"] > 0 and line["hours"] is None
 
 
 def test_more_of_anything_costs_more(settings):
@@ -253,3 +256,35 @@ def test_the_command_says_it_for_people_and_for_scripts(settings, tmp_path):
 def test_without_parameters_it_is_one_sentence_and_code_2(tmp_path):
     done = run(tmp_path)
     assert done.returncode == 2 and "there is no params.yaml" in done.stderr and "Traceback" not in done.stderr
+
+
+def ran(folder: Path, settings: params.Params, **seconds: float) -> None:
+    """What the pipeline leaves of a run with these settings, in which stages took so long."""
+    parts = runpy.run_path(str(ROOT / "stages/settings.py"))["parts"](settings)
+    files = {f"data/settings/{name}": part for name, part in parts.items()}
+    files |= {f"metrics/times/{name}": {"seconds": took, "cores": cores()} for name, took in seconds.items()}
+    for name, value in files.items():
+        path = folder / f"{name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(value))
+
+
+def test_the_last_run_here_sets_the_pace(settings, tmp_path):
+    before, more = settings(), settings(profiles__tiny__rl__iterations=22)
+    ran(tmp_path, before, rl=1200, sft=1, filter=30, split=30)
+
+    def hours(asked: params.Params, stage: str) -> tuple[float, float]:
+        found = room.estimate(asked, compute.Compute(), tmp_path)["stages"]
+        return next(line["hours"] for line in found if line["stage"] == stage)
+
+    assert hours(before, "rl") == pytest.approx((1200 / 3600 * 0.667, 1200 / 3600 * 1.333))
+    assert hours(before, "filter, split") == pytest.approx((60 / 3600 * 0.667, 60 / 3600 * 1.333))
+    assert 1.7 < hours(more, "rl")[0] / hours(before, "rl")[0] < 2.1  # the first evaluation stays
+    assert hours(before, "sft") == lines(before)["sft"]["hours"]  # it took up a finished checkpoint
+    small = settings(profiles__tiny__rl__iterations=1)
+    assert hours(small, "rl") == lines(small)["rl"]["hours"]  # a pace of another size says nothing
+
+
+def test_the_sum_is_of_all_stages(settings):
+    found = estimate(settings())
+    assert found["hours"] == pytest.approx([sum(line["hours"][at] for line in found["stages"]) for at in (0, 1)])

@@ -660,7 +660,7 @@ def test_an_endpoint_without_tools_is_told_how_to_write_a_call(tmp_path, capfd):
     assert [step.executed for step in episode.steps] == [("move_left",)] * 3
     assert all("tools" not in request.body for request in server.requests)
     assert "<tool_call>" in server.requests[0].body["messages"][0]["content"]
-    assert "seed 0: 3 steps, 0 achievements: none" in capfd.readouterr().out
+    assert "seed 0: 3 steps, 0 achievements: none" in capfd.readouterr().err
     assert endpoint(server).asked == endpoint(server, use_tools=True).asked  # what was kept before stays known
     with pytest.raises(ValueError, match="use_tools: false; remove one"):
         endpoint(server, use_tools=False, tool_choice="auto")

@@ -60,8 +60,8 @@ def show_estimate(
         f"${text(found['usd'], '.2f')}{lacking}"
     )
     console.print(
-        "What has run here before is given from a third less to a third more; what was measured on another machine of "
-        "two cores, from a third less to twice as long and more.\n\nHow each is known:"
+        "What has run here before, or was measured on such a card, is given from a third less to a third more; what "
+        "another processor took, from a third less to twice as long.\n\nHow each is known:"
     )
     for line in found["stages"]:
         console.print(f"{line['stage']}: {line['how']}. From {'; '.join(line['sources'])}.", markup=False)

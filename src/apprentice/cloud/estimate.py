@@ -160,7 +160,7 @@ def _paced(lines: list[Line], before: dict[str, Line], took: dict[str, float]) -
         if line.gpus or not expected or real < sum(expected) / 2 / 5 or not 1 / 4 <= more <= 4:
             found.append(line)
             continue
-        share, hours = rates()["spread"]["here"], more * real
+        share, hours = rates()["spread"]["share"], more * real
         how = f"{line.how}. It took {60 * real:.1f} minutes here, which counts"
         hours_now = hours * (1 - share), hours * (1 + share)
         found.append(replace(line, hours=hours_now, how=how, sources=(*line.sources, "metrics/times")))
@@ -194,9 +194,10 @@ def _sum(ranges: Iterable[Range | None]) -> Range:
     return sum(low for low, _ in known), sum(high for _, high in known)
 
 
-def _hours(seconds: float) -> Range:
+def _hours(seconds: float, more: str = "share") -> Range:
+    """more: which spread upwards, by its name in rates.yaml."""
     spread = rates()["spread"]
-    return seconds / 3600 * (1 - spread["less"]), seconds / 3600 * (1 + spread["more"])
+    return seconds / 3600 * (1 - spread["share"]), seconds / 3600 * (1 + spread[more])
 
 
 def _here(stage: str, number: int, rate: str, what: str) -> Line:
@@ -205,7 +206,7 @@ def _here(stage: str, number: int, rate: str, what: str) -> Line:
     how = f"{what}, {machine[rate]:,} a second"
     return Line(
         stage,
-        *(number, None, _hours(number / machine[rate])),
+        *(number, None, _hours(number / machine[rate], "processor")),
         *(0, _NOTHING, _NOTHING),
         *(how, ("params.yaml", machine["source"])),
     )
@@ -354,8 +355,9 @@ def _student(settings: Params, places: compute.Compute, read: int) -> list[Line]
         hours = low / 3600, high / 3600
         if not cards:
             begun = rates()["machine"]["begin_seconds"] * (students if stage == "benchmark_student" else 1)
-            begins = _hours(begun)
-            hours = hours[0] + begins[0], hours[1] + begins[1]
+            begins, spread = _hours(begun, "processor"), rates()["spread"]
+            slower = (1 + spread["processor"]) / (1 + spread["share"])
+            hours = hours[0] + begins[0], hours[1] * slower + begins[1]
             how += f"; {begun} seconds to begin"
             return Line(stage, decisions, decisions * each, hours, 0, _NOTHING, _NOTHING, how, sources)
         if place and place.where == "sky":
@@ -405,8 +407,8 @@ def _both(rate: float | list[float]) -> Range:
     """The low and the high rate; of a measured one, the spread around it."""
     if isinstance(rate, list):
         return rate[0], rate[1]
-    spread = rates()["spread"]
-    return rate / (1 + spread["more"]), rate / (1 - spread["less"])
+    spread = rates()["spread"]["share"]
+    return rate / (1 + spread), rate / (1 - spread)
 
 
 def _span(low: float, high: float) -> str:
