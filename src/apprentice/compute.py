@@ -178,7 +178,7 @@ def load(path: Path | None = None) -> Compute:
 
 def reporters() -> list[str]:
     """report_to. Raises ConfigError for one whose package isn't installed."""
-    found = list(load().report_to)
+    found: list[str] = list(load().report_to)
     for name in found:
         if not find_spec(name):
             raise ConfigError(f"{PATH}: report_to: {name} is not installed; run: pip install {name}")

@@ -170,6 +170,7 @@ def _loading(agent: str, settings: params.Params | None) -> str:
         return f"loading {' and '.join(folders)} on {os.cpu_count()} cores, a few seconds for the tiny student …"
     if settings and agent in agents.models(settings):
         model, _ = agents.models(settings)[agent]
+        assert model.endpoint is not None
         return f"asking {model.endpoint.model} at {model.endpoint.base_url}, a request for each decision …"
     return f"{agent} begins …"
 

@@ -74,13 +74,14 @@ class Live(TrainerCallback):
             )
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
-        if "step" in self._progress.plan:
+        if self._progress and "step" in self._progress.plan:
             self.end("step")
 
     def on_evaluate(self, args, state, control, **kwargs) -> None:
         self.end("validation")
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        assert self._progress is not None
         if self._progress.unit == "iteration" and self.stays in logs:
             self.end("iteration")
         if not self._progress.shown or not (self.news.keys() & logs.keys()):
