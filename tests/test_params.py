@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
+from dvc.utils.serialize import modify_yaml
 from ruamel.yaml import YAML
 
 from apprentice import params
@@ -353,7 +354,7 @@ def test_what_stands_in_comments_is_ready_to_use(tmp_path):
     lines = (ROOT / "params.yaml").read_text().splitlines()
     path = tmp_path / "params.yaml"
     lines = [line[1:] if line.startswith(("#  ", "#judge:")) else line for line in lines]
-    path.write_text("\n".join(line for line in lines if not line.startswith("judge: null")))
+    path.write_text("\n".join(line for line in lines if not line.startswith("judge: #")))
     found = params.load(path)
     assert list(found.teachers) == ["expert", "gpt_4o_mini", "qwen3_vl"]
     assert found.teachers["qwen3_vl"].endpoint.base_url == "http://localhost:8000/v1"
@@ -513,3 +514,14 @@ def test_what_is_wrong_with_a_profile_that_extends_another_is_said(tmp_path, own
 def test_what_is_wrong_with_a_profile_is_said_once_whoever_extends_it(tmp_path):
     assert len(error(tmp_path, profiles__qwen2b__sft__epochs=-1).splitlines()) == 1
     assert len(error(tmp_path, profiles__qwen2b__rl__staleness=1).splitlines()) == 1
+
+
+def test_what_dvc_sets_in_params_yaml_changes_that_line_alone(tmp_path):
+    """DVC writes a null as nothing, and so does the file; comments stay."""
+    changed = tmp_path / "params.yaml"
+    before = (ROOT / "params.yaml").read_text().splitlines()
+    changed.write_text("\n".join(before) + "\n")
+    with modify_yaml(changed) as tree:
+        tree["profiles"]["tiny"]["sft"]["epochs"] = 2
+    after = changed.read_text().splitlines()
+    assert [line for line in after if line not in before] == ["      epochs: 2"] and len(after) == len(before)

@@ -96,6 +96,7 @@ def picture(answer: dict) -> np.ndarray:
 def test_health_and_info_say_what_there_is(server):
     url, _ = server
     assert httpx2.get(f"{url}/health").json() == {"status": "healthy"}
+    assert "/info" in httpx2.get(url).json()["see"]
     info = httpx2.get(f"{url}/info").json()
     assert info["actions"] == list(ACTIONS) and info["policies"] == [
         "random",
