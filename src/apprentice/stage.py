@@ -12,6 +12,7 @@ from pathlib import Path
 import typer
 
 from apprentice import compute
+from apprentice.episode import Episode
 from apprentice.errors import guarded
 from apprentice.files import replacing
 from apprentice.workers import cores
@@ -49,6 +50,14 @@ def _elsewhere() -> None:
         paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
         os.environ["PYTHONPATH"] = os.pathsep.join(paths)
         os.execv(sys.executable, [sys.executable, "-m", "apprentice", "launch", stage, *arguments])
+
+
+def told(episode: Episode, dollars: float | None = None) -> str:
+    """What became of an episode, in a line."""
+    cost = f", ${dollars:.4f}" if dollars else ""
+    end = ", no calls left" if episode.steps[-1].ending == "calls" else ""
+    names = ", ".join(episode.unlocked) or "none"
+    return f"seed {episode.seed}: {episode.length} steps{end}{cost}, {len(episode.unlocked)} achievements: {names}"
 
 
 def write_metrics(name: str, values: dict) -> None:

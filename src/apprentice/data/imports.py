@@ -149,7 +149,8 @@ def _trace(path: Path, name: str, report: Report, held_out: frozenset[int]) -> I
     """The episodes of a trace with all that it knows of them."""
     seen: set[str] = set()
     try:
-        if not pq.read_schema(path).equals(store.SCHEMA):
+        differ = set(pq.read_schema(path)) ^ set(store.SCHEMA)
+        if differ - {store.SCHEMA.field("ending")}:  # which older ones lack
             raise NothingUsable(f"{path} has other columns than a trace of this version; {_REMEDIES[_NO_DECISION]}")
         for episode in store.read(path):
             count = len(episode.steps)

@@ -371,7 +371,7 @@ function show() {
     if (image.complete && image.naturalWidth) context.drawImage(image, 0, (frame % data.sheet) * size, size, size, 0, 0, size, size);
     const unlocked = columns.unlocked.slice(0, at + 1).flat();
     const reward = columns.reward.slice(0, at + 1).reduce((sum, value) => sum + value, 0);
-    const over = last && replay.now > columns.step[at] ? (episode.decisions > columns.step.length ? ", the rest isn’t shown" : episode.died ? ", died" : ", time is up") : "";
+    const over = last && replay.now > columns.step[at] ? (episode.decisions > columns.step.length ? ", the rest isn’t shown" : { died: ", died", calls: ", no calls left" }[episode.ending] ?? ", time is up") : "";
     parts.state.textContent = `step ${columns.step[at]} of ${episode.length}, ${unlocked.length} achievements, reward ${reward.toFixed(1)}${over}`;
     parts.canvas.setAttribute("aria-label", `The world at step ${columns.step[at]}`);
     VITALS.forEach((name, place) => { parts.gauges[place].meter.value = columns.vitals[at][place]; parts.gauges[place].number.textContent = columns.vitals[at][place]; });

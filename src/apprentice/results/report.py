@@ -229,7 +229,7 @@ class _Replays:
             "decisions": len(episode.steps),
             "achievements": len(set(episode.unlocked)),
             "reward": round(episode.reward, 2),
-            "died": episode.steps[-1].died,
+            "ending": episode.steps[-1].ending,
         }
 
 
