@@ -293,9 +293,9 @@ def test_it_is_served_by_openais_api_as_it_answers_in_process(top, processor, ti
     model, before, alike = merged(tiny_folder, adapter), set(descendants(os.getpid())), 0
     with serving(top, "distill") as url, openai.OpenAI(base_url=url, api_key="none", max_retries=0) as client:
 
-        def answer(seed: int, **more):
+        def answer(world: int, **more):
             more = {"model": "distill", "logprobs": True, "extra_body": {"return_token_ids": True}} | more
-            return client.chat.completions.create(**asked(seed) | more)
+            return client.chat.completions.create(**asked(world) | more)
 
         assert [model.id for model in client.models.list()] == ["distill"]
         for seed in range(6):
