@@ -149,8 +149,10 @@ def _trace(path: Path, name: str, report: Report, held_out: frozenset[int]) -> I
     """The episodes of a trace with all that it knows of them."""
     seen: set[str] = set()
     try:
-        differ = set(pq.read_schema(path)) ^ set(store.SCHEMA)
-        if differ - {store.SCHEMA.field("ending")}:  # which older ones lack
+        columns = pq.read_schema(path)
+        if "ending" not in columns.names:  # older traces lack it
+            columns = columns.append(store.SCHEMA.field("ending"))
+        if not columns.equals(store.SCHEMA):
             raise NothingUsable(f"{path} has other columns than a trace of this version; {_REMEDIES[_NO_DECISION]}")
         for episode in store.read(path):
             count = len(episode.steps)
