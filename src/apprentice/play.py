@@ -58,7 +58,9 @@ async def play_one(policy: Policy, spec: Spec, seed: int) -> Episode:
     world = World(seed, max_steps=spec.max_steps + len(spec.opening))
     player = policy.begin(seed)
     exploration = np.random.default_rng([seed, 2])
-    observation, steps, history, ending = world.reset(), [], [], ""
+    observation, ending = world.reset(), ""
+    steps: list[Step] = []
+    history: list[str] = []
     for action in spec.opening:
         observation = world.step(action).observation
     try:
@@ -159,7 +161,8 @@ def record(
 
 
 def _play_group(build, args, spec: Spec) -> tuple[tuple[int, ...], list[tuple[str, bytes]]]:
-    return spec.seeds, [(told(episode), store.to_bytes(episode)) for episode in play(_built(build, args), spec)]
+    played = play(_built(build, args), spec)
+    return tuple(spec.seeds), [(told(episode), store.to_bytes(episode)) for episode in played]
 
 
 @lru_cache(maxsize=1)
