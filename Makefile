@@ -18,7 +18,7 @@ DOCS_READY := .venv-docs/ready-$(shell cksum <requirements-docs.lock | tr ' ' '-
 .DEFAULT_GOAL := repro
 .PHONY: help setup repro test test-kill test-rehearsal test-openenv test-balrog test-exports test-report test-vllm \
     test-deepspeed test-gpu test-sky test-sky-rehearsal test-s3 test-docs environments vllm sky deps lint types checkout \
-    clean docs film
+    clean docs film smoke
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "make %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,6 +31,9 @@ test: types ## lint and types, then all tests
 	ruff format --check .
 	@echo "About 15 minutes on two cores; the dots are tests, about 1,200 of them."
 	python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
+
+smoke: setup ## the whole pipeline in minutes, with toy settings in a copy of this checkout; for those who change the code
+	python tests/smoke.py
 
 test-vllm: setup vllm ## the student on vLLM, for real, on the CPU
 	python -m pytest tests/serving/on_vllm.py

@@ -12,7 +12,9 @@ from apprentice.errors import ConfigError, WorkError
 
 def report(
     worlds: Annotated[str, typer.Option(help='Seeds of the benchmark to replay: "200003,200040-200042".')] = "",
-    out: Annotated[Path, typer.Option(help="The page, .html; or the results as one figure, .svg or .png.")] = Path("report.html"),
+    out: Annotated[Path, typer.Option(help="The page, .html; or the results as one figure, .svg or .png.")] = Path(
+        "report.html"
+    ),
     show: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
 ) -> None:
     """Results, training and replays as one page that needs no network.
