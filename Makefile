@@ -102,6 +102,9 @@ test-sky-rehearsal: setup sky ## the profile qwen2b on machines that SkyPilot fi
 test-s3: setup $(S3_READY) ## DVC's remote on an S3 server
 	python -m pytest tests/on_s3.py
 
+test-docs: setup ## the commands of README and docs/, run as they stand there in a copy with toy results
+	python -m pytest tests/docs_run.py --verbose
+
 docs: $(DOCS_READY) ## the site of docs/ in site/
 	.venv-docs/bin/zensical build --strict --clean
 

@@ -30,15 +30,22 @@ SMOKE = {
 }
 
 
+def repro(folder: Path) -> Path:
+    """A copy of this checkout in which `dvc repro` has run. Raises CalledProcessError if a stage fails."""
+    top = checkout(folder / "checkout", SMOKE)
+    (top / "compute.yaml").unlink(missing_ok=True)  # it may send stages elsewhere
+    subprocess.run([sys.executable, "-m", "dvc", "repro"], cwd=top, env=environment(folder / "cache"), check=True)
+    return top
+
+
 def main() -> int:
     began = time.monotonic()
     folder = Path(tempfile.mkdtemp(prefix="apprentice-smoke-"))
-    top = checkout(folder / "checkout", SMOKE)
-    (top / "compute.yaml").unlink(missing_ok=True)  # it may send stages elsewhere
-    done = subprocess.run([sys.executable, "-m", "dvc", "repro"], cwd=top, env=environment(folder / "cache"))
-    if done.returncode:
-        print(f"\nThe stage named above failed. The copy is kept: cd {top}")
-        return done.returncode
+    try:
+        top = repro(folder)
+    except subprocess.CalledProcessError as failed:
+        print(f"\nThe stage named above failed. The copy is kept: cd {folder / 'checkout'}")
+        return failed.returncode
     times = {path.stem: json.loads(path.read_text())["seconds"] for path in (top / "metrics/times").glob("*.json")}
     for stage, seconds in sorted(times.items(), key=lambda item: -item[1]):
         print(f"{seconds:6.1f} s  {stage}")
