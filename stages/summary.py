@@ -17,7 +17,7 @@ def main() -> None:
     """Write metrics/summary.json: achievement rates in percent, and how data and training went."""
     names = ("benchmark", "statistics", "filter", "sft", "distill", "rl")
     benchmark, statistics, filtered, sft, distill, rl = map(read, names)
-    summary = {"meaningless": True} if statistics["toy"] else {}
+    summary: dict = {"meaningless": True} if statistics["toy"] else {}
     summary |= {
         "kept_decisions": filtered["decisions"]["kept"],
         "achievement_rate": {name: round(100 * row["achievement_rate"], 2) for name, row in benchmark.items()},
