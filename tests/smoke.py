@@ -25,7 +25,8 @@ SMOKE = {
     "benchmark.protocol": "quick",
     "benchmark.seeds": "200000-200003",
     "benchmark.max_steps": 10,
-    "benchmark.agents": {name: {"policy": name} for name in ("random", "noop", "expert")},
+    "benchmark.agents": {name: {"policy": name} for name in ("random", "expert")},
+    "benchmark.students": {name: f"models/{name}" for name in ("base", "sft", "rl")},
     "benchmark.bootstrap_samples": 100,
 }
 
