@@ -6,6 +6,7 @@ import signal
 import pytest
 
 from apprentice.params import Architecture, Prompt
+from apprentice.workers import cores
 from apprentice.world import World
 
 
@@ -14,6 +15,10 @@ def pytest_configure() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     # For each worker of `make test`, which has its core to itself; a stage that a test starts sees to its own.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_xdist_auto_num_workers(config) -> int:
+    return cores() + 2  # many tests wait: for a pause to end, for a program to start
 
 
 def pytest_sessionstart(session) -> None:

@@ -28,6 +28,6 @@ def test_no_model_is_held_in_the_process_that_starts_vllm(models, tmp_path, monk
     monkeypatch.chdir(top)
     monkeypatch.setattr(rollout.in_process, "load", held)
     monkeypatch.setattr(rollout.loading, "load", held)
-    rollout.main(Path("models/sft"), episodes=2, steps=2)
+    rollout.main(Path("models/distill"), episodes=2, steps=2)
     said = capsys.readouterr().out
     assert all(name in said for name in ("ours, in process", "TRL, environm", "ours, on vLLM", "BALROG's way"))

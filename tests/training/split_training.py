@@ -10,7 +10,9 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -68,11 +70,12 @@ def train(top: Path, ranks: int, at_once: int, accumulation: int, stage: int, st
 
 def _rank(steps: int, *arguments) -> None:
     import sft as stage_sft
-    import trl
 
-    configured = trl.SFTConfig
-    trl.SFTConfig = lambda **settings: configured(**settings | {"logging_steps": 1, "max_steps": steps})
-    stage_sft.train(*arguments)
+    from apprentice.training import sft
+
+    short = partial(sft.SFTConfig, max_steps=steps)
+    with patch.object(sft, "SFTConfig", lambda **settings: short(**settings | {"logging_steps": 1})):
+        stage_sft.train(*arguments)
 
 
 def curve(top: Path, name: str) -> np.ndarray:
