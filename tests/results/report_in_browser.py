@@ -92,6 +92,13 @@ def test_it_says_of_what_run_it_is(browser):
     assert text(browser, "#facts") == said
 
 
+def test_toy_results_say_so_first(browser, data, tmp_path):
+    file = tmp_path / "toy.html"
+    file.write_text(report.page(data | {"facts": data["facts"] | {"toy": True}}))
+    browser.open(file)
+    assert "mean nothing" in text(browser, "h1")
+
+
 def test_every_curve_has_both_axes_named_and_rl_is_by_iteration(browser):
     figures = browser.evaluate(
         "[...document.querySelectorAll('#curves figure')].map((one) => [one.querySelector('figcaption').textContent,"
