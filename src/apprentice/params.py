@@ -639,6 +639,8 @@ class Profile(Section):
 
     dtype: Literal["float32", "bfloat16"]
     """Of the student's weights, in training and in play."""
+    toy: bool = False
+    """Too small to learn anything, for trying the code: wherever results are shown, they are said to mean nothing."""
     prompt: Prompt
     sampling: Sampling = Sampling()
     student: Annotated[

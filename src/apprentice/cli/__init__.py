@@ -14,7 +14,20 @@ if not find_spec("typer"):
 
 import typer
 
-from apprentice.cli import doctor, estimate, export, imports, launch, merge, play, report, serve, settings, traces
+from apprentice.cli import (
+    doctor,
+    estimate,
+    export,
+    imports,
+    launch,
+    merge,
+    play,
+    report,
+    serve,
+    settings,
+    side_by_side,
+    traces,
+)
 
 application = typer.Typer(
     no_args_is_help=True,
@@ -24,6 +37,7 @@ application = typer.Typer(
 )
 _SEE, _DATA, _RUN = "See", "Data", "Run the pipeline"
 application.command("play", rich_help_panel=_SEE)(play.play)
+application.command("film", rich_help_panel=_SEE)(side_by_side.film)
 application.add_typer(traces.application, name="traces", rich_help_panel=_SEE)
 application.command("report", rich_help_panel=_SEE)(report.report)
 application.command("import", rich_help_panel=_DATA)(imports.add_imports)
