@@ -13,10 +13,12 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 EXPORTS_READY := $(foreach name,llamafactory axolotl,.venv-$(name)/ready-$(shell cat requirements-$(name).lock src/apprentice/student/torchvision_operators.py 2> /dev/null | cksum | tr ' ' '-'))
 SKY_READY := .venv-sky/ready-$(shell cksum <requirements-sky.lock | tr ' ' '-')
 S3_READY := .venv-s3/ready-$(shell cksum <requirements-s3.lock | tr ' ' '-')
+DOCS_READY := .venv-docs/ready-$(shell cksum <requirements-docs.lock | tr ' ' '-')
 
 .DEFAULT_GOAL := repro
 .PHONY: help setup repro test test-kill test-rehearsal test-openenv test-balrog test-exports test-report test-vllm \
-    test-deepspeed test-gpu test-sky test-sky-rehearsal test-s3 environments vllm sky deps lint types checkout clean
+    test-deepspeed test-gpu test-sky test-sky-rehearsal test-s3 test-docs environments vllm sky deps lint types checkout \
+    clean docs film smoke
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "make %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,6 +31,9 @@ test: types ## lint and types, then all tests
 	ruff format --check .
 	@echo "About 15 minutes on two cores; the dots are tests, about 1,200 of them."
 	python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
+
+smoke: setup ## the whole pipeline in minutes, with toy settings in a copy of this checkout; for those who change the code
+	python tests/smoke.py
 
 test-vllm: setup vllm ## the student on vLLM, for real, on the CPU
 	python -m pytest tests/serving/on_vllm.py
@@ -97,6 +102,22 @@ test-sky-rehearsal: setup sky ## the profile qwen2b on machines that SkyPilot fi
 test-s3: setup $(S3_READY) ## DVC's remote on an S3 server
 	python -m pytest tests/on_s3.py
 
+test-docs: setup ## the commands of README and docs/, run as they stand there in a copy with toy results
+	python -m pytest tests/docs_run.py --verbose
+
+docs: $(DOCS_READY) ## the site of docs/ in site/
+	.venv-docs/bin/zensical build --strict --clean
+
+$(DOCS_READY): requirements-docs.lock
+	test -x .venv-docs/bin/python || $(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install --quiet --no-deps --requirement requirements-docs.lock
+	rm -f .venv-docs/ready-*
+	touch $@
+
+film: setup ## README's film and figure, of what the pipeline has made here
+	apprentice film base sft rl --out docs/film.gif --out docs/film.mp4
+	apprentice report --out docs/results.svg
+
 deps: setup ## dvc.yaml's dependencies on code and libraries
 	python -m apprentice.pipeline
 
@@ -156,4 +177,4 @@ $(S3_READY): requirements-s3.lock
 	touch $@
 
 clean: ## forget the environments; the pipeline's outs stay
-	rm -rf $(VENV) $(VLLM) $(OPENENV) .venv-balrog .venv-llamafactory .venv-axolotl .venv-sky .venv-s3
+	rm -rf $(VENV) $(VLLM) $(OPENENV) .venv-balrog .venv-llamafactory .venv-axolotl .venv-sky .venv-s3 .venv-docs

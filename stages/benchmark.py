@@ -49,7 +49,12 @@ def spec(name: str, agent: params.Agent, benchmark: params.Benchmark):
         rules = {"max_steps": benchmark.steps, "opening": benchmark.opening}
         made_by = code(__file__, players=[agent.policy])
         key = fingerprint(agent=name, play=agent.model_dump(mode="json"), **rules, code=made_by)
-    return Spec(benchmark.seeds, benchmark.steps, agent.prompt, name, opening=benchmark.opening, fingerprint=key)
+    return Spec(
+        *(benchmark.seeds, benchmark.steps, agent.prompt, name),
+        opening=benchmark.opening,
+        fingerprint=key,
+        max_calls=agent.max_calls,
+    )
 
 
 def episodes(name: str, agent: params.Agent, benchmark: params.Benchmark) -> Iterator[bytes]:

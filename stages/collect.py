@@ -60,7 +60,12 @@ def spec(name: str, teacher: params.Teacher):
     if teacher.endpoint is None:
         shaping = teacher.model_dump(mode="json", exclude={"seeds"})
         key = fingerprint(agent=name, teacher=shaping, code=code(__file__, players=[teacher.policy]))
-    return Spec(teacher.seeds, teacher.max_steps, teacher.prompt, name, teacher.explore, fingerprint=key)
+    return Spec(
+        *(teacher.seeds, teacher.max_steps, teacher.prompt, name),
+        explore=teacher.explore,
+        fingerprint=key,
+        max_calls=teacher.max_calls,
+    )
 
 
 def episodes(name: str, teacher: params.Teacher) -> Iterator[bytes]:
@@ -75,7 +80,7 @@ def episodes(name: str, teacher: params.Teacher) -> Iterator[bytes]:
     from apprentice.play import record
     from apprentice.players.scripted import Scripted
 
-    return record(Scripted, (teacher.policy, teacher.rationale), spec(name, teacher))
+    return record(Scripted, (teacher.policy, teacher.rationale), spec(name, teacher), lines=True)
 
 
 def whose(name: str) -> str:

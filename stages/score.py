@@ -2,8 +2,9 @@
 
     dvc repro score        or: python stages/score.py
 
-metrics/benchmark.json has a row for each agent, metrics/statistics.json the 95 % interval of each figure in it and what
-the figures can't support, metrics/differences.json every pair of agents on the worlds both have played.
+metrics/benchmark.json has a row for each agent, metrics/statistics.json the 95 % interval of each figure, what the
+figures can't support and whether they mean anything at all, metrics/differences.json every pair of agents on the worlds
+both have played.
 """
 
 import sys
@@ -28,12 +29,14 @@ def main() -> None:
     played = {name: score.summaries(store.columns(file, columns)) for name, file in files.items()}
     scores = {name: score.score(episodes, benchmark.bootstrap_samples) for name, episodes in played.items()}
     differences = score.compare_all(played, benchmark.bootstrap_samples)
-    otherwise = [f"not by BALROG's rules: {what}" for what in settings.departures]
-    warnings = otherwise + score.warnings(scores, differences)
+    toy = settings.active.toy
+    warnings = [f"profile {settings.profile} is for trying the code: its results mean nothing"] if toy else []
+    warnings += [f"not by BALROG's rules: {what}" for what in settings.departures]
+    warnings += score.warnings(scores, differences)
     intervals = {name: score.intervals(episodes, benchmark.bootstrap_samples) for name, episodes in played.items()}
     write_metrics("benchmark", scores)
     write_metrics("differences", differences)
-    write_metrics("statistics", {"intervals": intervals, "warnings": warnings})
+    write_metrics("statistics", {"toy": toy, "intervals": intervals, "warnings": warnings})
     write_plot("achievements", ["agent", "achievement", "success"], achievements(scores))
     write_plot("agents", ["agent", "achievement_rate", "low", "high"], rates(scores))
     worlds = next(iter(scores.values()))["episodes"]

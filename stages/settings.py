@@ -50,6 +50,7 @@ def parts(settings: params.Params) -> dict[str, Any]:
             "names": benchmark.names,
             "bootstrap_samples": benchmark.bootstrap_samples,
             "departures": settings.departures,
+            "toy": settings.active.toy,
         },
         "held_out": settings.held_out,
         "student/answers": {"max_tokens": settings.active.sampling.max_tokens},

@@ -15,9 +15,10 @@ from apprentice.stage import run, write_metrics
 
 def main() -> None:
     """Write metrics/summary.json: achievement rates in percent, and how data and training went."""
-    names = ("benchmark", "filter", "sft", "distill", "rl")
-    benchmark, filtered, sft, distill, rl = map(read, names)
-    summary = {
+    names = ("benchmark", "statistics", "filter", "sft", "distill", "rl")
+    benchmark, statistics, filtered, sft, distill, rl = map(read, names)
+    summary: dict = {"meaningless": True} if statistics["toy"] else {}
+    summary |= {
         "kept_decisions": filtered["decisions"]["kept"],
         "achievement_rate": {name: round(100 * row["achievement_rate"], 2) for name, row in benchmark.items()},
         "sft_val_loss": rounded(sft["val_loss"], 4),

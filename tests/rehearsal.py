@@ -22,7 +22,7 @@ from apprentice.pipeline import ROOT
 PROFILE = params.load(ROOT / "params.yaml").profiles["qwen2b"]
 QWEN = {
     "profile": "qwen2b",
-    "teachers.expert.seeds": "0-3",
+    "teachers.expert.seeds": "0-5",
     "teachers.expert.max_steps": 12,
     "benchmark.seeds": "200000-200003",
     "benchmark.max_steps": 4,

@@ -28,6 +28,7 @@ OF = {
     "apprentice.environment.gymnasium_env": "base",
     "apprentice.cli.serve": "serve",
     "apprentice.cli.film": "film",
+    "apprentice.results.figure": "film",
     "apprentice.cli.doctor": "all",
     "apprentice.cli.export": "all",
     "apprentice.serving": "train",

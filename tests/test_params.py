@@ -125,6 +125,14 @@ def test_1e_5_without_a_point_is_a_number(tmp_path):
     assert params.load(path).active.rl.learning_rate == 1e-5
 
 
+CAPPED = {
+    "policy": "chat",
+    "prompt": {"mode": "text"},
+    "endpoint": {"model": "m", "api_key_env": None},
+    "max_calls": 9,
+}
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -147,6 +155,9 @@ def test_1e_5_without_a_point_is_a_number(tmp_path):
         ({"benchmark__agents": {"rll": {"policy": "rl"}}}, ["benchmark.agents.rll.policy", "'rl'"]),
         ({"benchmark__agents": {"a": {"policy": "noop", "seeds": "0"}}}, ["benchmark.agents.a.seeds", "known there"]),
         ({"benchmark__agents": {"gpt": {"policy": "chat"}}}, ["benchmark.agents.gpt", "needs an endpoint"]),
+        ({"teachers__expert__max_calls": 9}, ["teachers.expert: max_calls is only for policy chat", "expert"]),
+        ({"benchmark__protocol": "crafter", "benchmark__agents": {"api": CAPPED}}, ["agents.api.max_calls", "null"]),
+        ({"profiles__tiny__distill__teacher": CAPPED}, ["distill: teacher.max_calls ends", "lower max_steps"]),
         ({"benchmark__agents": {"sft": {"policy": "noop"}}}, ["'sft'", "both an agent and a student"]),
         ({"benchmark__agents": {}, "benchmark__students": {}}, ["benchmark: nobody plays"]),
         ({"benchmark__protocol": "atari"}, ["benchmark.protocol", "'balrog'"]),
@@ -442,13 +453,14 @@ def test_what_departs_from_balrogs_rules_is_said_and_allowed(tmp_path):
         "endpoint": {"model": "m", "api_key_env": None},
     }
     asked["endpoint"]["temperature"] = 0.0
-    changes = {"benchmark__protocol": "balrog", "benchmark__agents": {"api": asked}}
+    changes = {"benchmark__protocol": "balrog", "benchmark__agents": {"api": asked | {"max_calls": 60}}}
     student = {"benchmark__max_steps": 500, "profiles__tiny__sampling__temperature": 0.7}
     quick = changed(tmp_path, **student)
     assert params.load(quick).departures == ()
     assert params.load(changed(tmp_path, benchmark__protocol="balrog")).departures == ()
     said = params.load(changed(tmp_path, **changes, **student)).departures
     assert [words.partition(",")[0] for words in said] == [
+        "benchmark.agents.api.max_calls is 60",
         "benchmark.max_steps is 500",
         "profiles.tiny.sampling.temperature is 0.7",
         "benchmark.agents.api.prompt.max_actions is 5",

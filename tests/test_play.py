@@ -191,6 +191,15 @@ def test_death_ends_the_episode():
     assert not any(step.done or step.died for step in episode.steps[:-1])
 
 
+def test_an_episode_ends_with_its_last_call_and_says_why_it_ends():
+    capped = one(Says(act("noop", "noop"), NONSENSE), max_steps=10, max_calls=3)
+    assert [step.ending for step in capped.steps] == ["", "", "calls"] and capped.length == 5
+    assert capped.steps[-1].done and not capped.steps[-1].died
+    assert [one(Says(act("noop")), max_steps=3, max_calls=calls).steps[-1].ending for calls in (3, 4)] == ["steps"] * 2
+    assert one(Scripted("noop"), max_steps=400, max_calls=400).steps[-1].ending == "died"
+    assert plain(store.from_bytes(store.to_bytes(capped))) == plain(capped)
+
+
 def test_exploration_replaces_its_share_and_keeps_what_was_asked_for():
     episodes = play(Scripted("noop"), Spec(range(4), 100, SHOWN, explore=0.4))
     steps = [step for episode in episodes for step in episode.steps]
@@ -419,18 +428,20 @@ def test_a_digest_changes_with_a_files_name_place_or_content(tmp_path):
     assert len({base, *others}) == 6
 
 
-def test_only_what_is_missing_is_played_and_more_seeds_only_add(tmp_path):
+def test_only_what_is_missing_is_played_and_more_seeds_only_add(tmp_path, capfd):
     folder = tmp_path / "begun"
     folder.mkdir()
 
     def recorded(seeds) -> list[Episode]:
-        return list(
-            map(store.from_bytes, record(Counted, (str(folder),), Spec(seeds, 4, SHOWN, fingerprint="f", agent="c")))
-        )
+        spec = Spec(seeds, 4, SHOWN, fingerprint="f", agent="c")
+        return list(map(store.from_bytes, record(Counted, (str(folder),), spec, lines=True)))
 
     three = recorded([8, 2, 5])
     assert [episode.seed for episode in three] == [8, 2, 5]
     assert begun(folder) == [2, 5, 8]
+    assert sorted(capfd.readouterr().err.splitlines()) == [
+        f"seed {seed}: 4 steps, 0 achievements: none" for seed in (2, 5, 8)
+    ]  # a line each, and nothing else
     six = recorded([9, 8, 7, 2, 1, 5])
     assert [episode.seed for episode in six] == [9, 8, 7, 2, 1, 5]
     assert begun(folder) == [1, 2, 5, 7, 8, 9]

@@ -78,6 +78,8 @@ class Step:
     unlocked: tuple[str, ...]
     done: bool
     died: bool
+    ending: str = ""
+    """Why the episode ends with this decision: "died", "steps" or "calls", the cap that was reached; else empty."""
 
 
 @dataclass(frozen=True)

@@ -173,12 +173,16 @@ class Agent(Section):
     prompt: Prompt = Prompt()
     endpoint: Endpoint | None = None
     """For chat, and only for it."""
+    max_calls: PositiveInt | None = None
+    """For chat: replies after which an episode ends; null is no cap. A reply that cannot be read counts, and so does
+    one that was kept from before. What is asked again after a fault until there is a reply is one call."""
 
     @model_validator(mode="after")
     def _complete(self):
         if self.policy != "chat":
-            if self.endpoint:
-                raise ValueError(f"endpoint is only for policy chat, and the policy is {self.policy}; remove one")
+            for name in ("endpoint", "max_calls"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name} is only for policy chat, and the policy is {self.policy}; remove one")
         elif not self.endpoint:
             raise ValueError("policy chat needs an endpoint: at least a model, and api_key_env (null without a key)")
         elif "mode" not in self.prompt.model_fields_set:
@@ -468,6 +472,15 @@ class Distill(Section):
             raise ValueError(f"worlds is {self.worlds}, and seeds are {len(self.seeds)}; name more seeds")
         return self
 
+    @model_validator(mode="after")
+    def _labels_every_decision(self):
+        if self.teacher.max_calls is not None:
+            raise ValueError(
+                "teacher.max_calls ends a teacher's own episodes, and here the student plays; remove it, and lower "
+                "max_steps for fewer calls"
+            )
+        return self
+
 
 Achievement = Literal[
     "collect_coal", "collect_diamond", "collect_drink", "collect_iron", "collect_sapling", "collect_stone",
@@ -626,6 +639,8 @@ class Profile(Section):
 
     dtype: Literal["float32", "bfloat16"]
     """Of the student's weights, in training and in play."""
+    toy: bool = False
+    """Too small to learn anything, for trying the code: wherever results are shown, they are said to mean nothing."""
     prompt: Prompt
     sampling: Sampling = Sampling()
     student: Annotated[
@@ -646,8 +661,8 @@ class Benchmark(Section):
     protocol: Literal["quick", "balrog", "crafter"] = "quick"
     """quick: 200 steps, or as many as you like, on as many worlds as you like. balrog (arXiv 2411.13543): 10 episodes
     or more, at most 2,000 steps, and a noop before the first decision that isn't counted; fewer steps, several actions
-    a reply and a temperature other than 1.0 are said with the result, which isn't by BALROG's rules then. crafter
-    (arXiv 2109.06780): 10,000 steps, as for the published Crafter scores."""
+    a reply, max_calls and a temperature other than 1.0 are said with the result, which isn't by BALROG's rules then.
+    crafter (arXiv 2109.06780): 10,000 steps, as for the published Crafter scores."""
     seeds: Seeds
     max_steps: Annotated[int, Field(ge=1, le=10_000)] | None = None
     """Environment steps after which an episode ends; null is what the protocol says."""
@@ -684,6 +699,9 @@ class Benchmark(Section):
             raise ValueError(f"max_steps is {self.steps}, and protocol balrog has at most {most}; set it to null")
         if self.protocol == "crafter" and self.steps != most:
             raise ValueError(f"max_steps is {self.steps}, and protocol crafter has {most}; set it to null")
+        capped = [name for name, agent in self.agents.items() if agent.max_calls is not None]
+        if self.protocol == "crafter" and capped:
+            raise ValueError(f"agents.{capped[0]}.max_calls: protocol crafter knows no such end; set it to null")
         if len(self.seeds) < least:
             raise ValueError(f"seeds are {len(self.seeds)}, and protocol balrog has {least} episodes or more")
         return self
@@ -721,7 +739,11 @@ class Params(Section):
             if agent.endpoint:
                 place = f"benchmark.agents.{name}"
                 asked |= {place: (agent.prompt, f"{place}.endpoint", agent.endpoint)}
-        found = []
+        found = [
+            f"benchmark.agents.{name}.max_calls is {agent.max_calls}, where BALROG has no such end"
+            for name, agent in benchmark.agents.items()
+            if agent.max_calls is not None
+        ]
         if benchmark.steps < _PROTOCOL_STEPS["balrog"]:
             found.append(f"benchmark.max_steps is {benchmark.steps}, where BALROG has 2000")
         for place, (shown, drawn, sampling) in asked.items():

@@ -14,6 +14,7 @@ from apprentice.ledger import Ledger
 from apprentice.params import Prompt
 from apprentice.policy import Policy, Turn
 from apprentice.progress import Progress
+from apprentice.stage import told
 from apprentice.workers import in_processes, together
 from apprentice.world.observation import ACTIONS
 from apprentice.world.world import World
@@ -41,6 +42,9 @@ class Spec:
     """Actions before the first decision; they are neither counted nor recorded."""
     together: int = 1
     """How many episodes one policy plays at once. A batched model's rounding depends on the company."""
+    max_calls: int | None = None
+    """Replies after which an episode ends, readable or not; None is no cap. How often a player has to ask until it has
+    one doesn't matter."""
     fingerprint: str = ""
     """The name for all that shapes these episodes, under which the ledger has them."""
 
@@ -54,11 +58,13 @@ async def play_one(policy: Policy, spec: Spec, seed: int) -> Episode:
     world = World(seed, max_steps=spec.max_steps + len(spec.opening))
     player = policy.begin(seed)
     exploration = np.random.default_rng([seed, 2])
-    observation, steps, history = world.reset(), [], []
+    observation, ending = world.reset(), ""
+    steps: list[Step] = []
+    history: list[str] = []
     for action in spec.opening:
         observation = world.step(action).observation
     try:
-        while not world.done:
+        while not ending:
             turn = Turn(observation, tuple(history[-HISTORY:]), spec.prompt)
             reply = await player.reply(turn)
             parsed = prompt.parse(reply.message, spec.prompt.max_actions)
@@ -74,6 +80,10 @@ async def play_one(policy: Policy, spec: Spec, seed: int) -> Episode:
                 if outcome.done:
                     break
             history += executed
+            if outcome.done:
+                ending = "died" if outcome.died else "steps"
+            elif len(steps) + 1 == spec.max_calls:
+                ending = "calls"
             steps.append(
                 Step(
                     step=len(history) - len(executed),
@@ -86,8 +96,9 @@ async def play_one(policy: Policy, spec: Spec, seed: int) -> Episode:
                     reward=reward,
                     health_change=observation.vitals["health"] - before.vitals["health"],
                     unlocked=tuple(unlocked),
-                    done=outcome.done,
+                    done=bool(ending),
                     died=outcome.died,
+                    ending=ending,
                 )
             )
     finally:
@@ -124,12 +135,14 @@ def record(
     spec: Spec,
     while_playing: AbstractContextManager = nullcontext(),  # noqa: B008
     places: Sequence[str | None] | None = None,
+    lines: bool = False,
 ) -> Iterator[bytes]:
     """The episodes of a spec, in order, as `store.to_bytes` has them. What the ledger lacks is played first.
 
     build(*args): the policy, built once in each process. Episodes that one policy plays at once are known by their
     company, and if one is missing all of them are played again. while_playing: what the policy needs to be there,
-    entered only if there is something to play. places: the processes that play, as `in_processes` has them.
+    entered only if there is something to play. places: the processes that play, as `in_processes` has them. lines: say
+    what became of each episode.
     """
     starts = range(0, len(spec.seeds), spec.together)
     groups = [tuple(spec.seeds[start : start + spec.together]) for start in starts]
@@ -144,14 +157,17 @@ def record(
             shown.say(f"{spec.agent}: {len(spec.seeds) - left} of {len(spec.seeds)} episodes are kept from before")
         with shown as progress, while_playing if calls else nullcontext():
             for group, played in in_processes(_play_group, calls, places):
-                for key, data in zip(keys[group], played, strict=True):
+                for key, (line, data) in zip(keys[group], played, strict=True):
                     ledger.add(key, data)
+                    if lines:
+                        progress.say(line)
                 progress.end("episode", len(played))
         yield from ledger.records(key for group in groups for key in keys[group])
 
 
-def _play_group(build, args, spec: Spec) -> tuple[tuple[int, ...], list[bytes]]:
-    return spec.seeds, [store.to_bytes(episode) for episode in play(_built(build, args), spec)]
+def _play_group(build, args, spec: Spec) -> tuple[tuple[int, ...], list[tuple[str, bytes]]]:
+    played = play(_built(build, args), spec)
+    return tuple(spec.seeds), [(told(episode), store.to_bytes(episode)) for episode in played]
 
 
 @lru_cache(maxsize=1)

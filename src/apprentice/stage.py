@@ -4,6 +4,9 @@ import csv
 import functools
 import json
 import os
+import platform
+import re
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -12,6 +15,7 @@ from pathlib import Path
 import typer
 
 from apprentice import compute
+from apprentice.episode import Episode
 from apprentice.errors import ConfigError, guarded
 from apprentice.files import replacing
 from apprentice.progress import quiet
@@ -22,8 +26,9 @@ from apprentice.workers import cores
 def run(main: Callable[..., None], timed: bool = True) -> None:
     """Run a stage's main() as a command line. An error of ours is one message, any other a traceback.
 
-    timed: how long the stage took goes to metrics/times/<stage>.json (<stage>-<key>.json where there are several). Each
-    stage but settings and report has that file as an output. It differs from run to run: only the report depends on it.
+    timed: how long the stage took goes to metrics/times/<stage>.json (<stage>-<key>.json where there are several), with
+    where, when and of which commit. Each stage but settings and report has that file as an output. It differs from run
+    to run: only the report depends on it.
 
     If compute.yaml sends the stage elsewhere, this process becomes `apprentice launch` instead.
     """
@@ -44,7 +49,7 @@ def run(main: Callable[..., None], timed: bool = True) -> None:
         if not timed:
             return
         name = "-".join([Path(sys.argv[0]).stem, *(str(value) for value in arguments.values() if value)])
-        write_metrics(f"times/{name}", {"seconds": round(time.monotonic() - began, 1), "cores": cores()})
+        write_metrics(f"times/{name}", {"seconds": round(time.monotonic() - began, 1)} | _circumstances())
 
     quiet()
     guarded(_elsewhere)
@@ -95,6 +100,43 @@ def _elsewhere() -> None:
 LIVE = "live"
 """metrics/live.json: what a training stage has come to so far, for `dvc exp show` and the editor; otherwise {}. No
 stage's out, and in git, since DVC complains of metrics that are not there."""
+
+
+def told(episode: Episode, dollars: float | None = None) -> str:
+    """What became of an episode, in a line."""
+    cost = f", ${dollars:.4f}" if dollars else ""
+    end = ", no calls left" if episode.steps[-1].ending == "calls" else ""
+    names = ", ".join(episode.unlocked) or "none"
+    return f"seed {episode.seed}: {episode.length} steps{end}{cost}, {len(episode.unlocked)} achievements: {names}"
+
+
+def _circumstances() -> dict:
+    """Where, when and of which commit a stage is run; commit is None where there is no git."""
+
+    def git(*command: str) -> subprocess.CompletedProcess:
+        return subprocess.run(["git", *command], capture_output=True, text=True)
+
+    try:
+        commit = git("rev-parse", "--short", "HEAD").stdout.strip() or None
+        # What the pipeline itself writes, dvc.lock and metrics, is no change of the code.
+        changed = bool(commit) and git("diff", "--quiet", "HEAD", "--", "src", "stages", "params.yaml").returncode != 0
+    except OSError:
+        commit, changed = None, False
+    return {
+        "cores": cores(),
+        "processor": _processor(),
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "commit": commit,
+        "changed": changed,
+    }
+
+
+def _processor() -> str:
+    try:
+        found = re.search(r"^model name\s*: (.+)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return found[1].strip() if found else platform.processor() or platform.machine()
 
 
 def write_metrics(name: str, values: dict) -> None:

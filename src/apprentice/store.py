@@ -55,6 +55,7 @@ SCHEMA = pa.schema(
         pa.field("unlocked", _NAMES),
         pa.field("done", pa.bool_()),
         pa.field("died", pa.bool_()),
+        pa.field("ending", pa.string()),
     ]
 )
 
@@ -168,6 +169,7 @@ def _observed(step: Step) -> dict:
         "unlocked": step.unlocked,
         "done": step.done,
         "died": step.died,
+        "ending": step.ending,
     }
 
 
@@ -208,6 +210,7 @@ def _step(row: dict) -> Step:
         unlocked=tuple(row["unlocked"] or ()),
         done=bool(row["done"]),
         died=bool(row["died"]),
+        ending=row.get("ending") or "",  # traces from before the column was there have none
     )
 
 

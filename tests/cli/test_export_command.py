@@ -2,6 +2,7 @@
 
 import base64
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -139,6 +140,23 @@ def test_llama_factory_finds_its_files_and_a_picture_for_each_mark(source, tmp_p
             else:  # words and a call: as a model says them
                 assert answer["from"] == "gpt" and answer["value"].startswith(chat["messages"][2]["content"])
                 assert prompt.parse({"content": answer["value"]}) == prompt.parse(chat["messages"][2])
+
+
+@pytest.mark.parametrize("form", ["openai", "huggingface", "llamafactory", "axolotl"])
+def test_where_nothing_was_held_out_nothing_is_named_to_validate_on(source, tmp_path, form):
+    top = tmp_path / "top"
+    shutil.copytree(source / "data", top / "data")
+    (top / "data/sft/val.jsonl").write_text("")  # as with split.val_fraction: 0
+    out = tmp_path / "out"
+    assert exported(top, form, out)["rows"] == {"train": 12}
+    assert not list(out.rglob("*val*"))
+    for file in (out / "train.yaml", out / "README.md"):
+        if file.is_file():
+            assert "val" not in file.read_text().partition("\n---\n")[0].replace("evaluation", "")
+    if form == "huggingface":
+        assert set(load_dataset(str(out), cache_dir=str(tmp_path / "cache"))) == {"train"}
+    if form in ("llamafactory", "axolotl"):
+        assert YAML(typ="safe").load(out / "train.yaml")
 
 
 def test_nothing_is_overwritten_and_nothing_half_done_is_left(source, tmp_path):

@@ -120,6 +120,8 @@ def test_agents_that_are_paid_for_are_counted(settings):
     agent = {key: GPT[key] for key in ("policy", "prompt", "endpoint")}
     line = lines(settings(benchmark__agents={"gpt": agent, "noop": {"policy": "noop"}}))["benchmark@gpt"]
     assert line["decisions"] == 64 * 200 and line["usd"][0] > 0
+    capped = lines(settings(benchmark__agents={"gpt": agent | {"max_calls": 60}}))["benchmark@gpt"]
+    assert capped["decisions"] == 64 * 60
     unknown = agent | {"endpoint": agent["endpoint"] | {"model": "mine"}}
     found = lines(settings(benchmark__agents={"gpt": unknown}))["benchmark@gpt"]
     assert found["usd"] is None and "benchmark.agents.gpt.endpoint.price" in found["how"]
@@ -164,6 +166,7 @@ def test_a_teacher_over_an_api_costs_its_tokens(settings):
     line = lines(settings(teachers={"gpt": GPT}))["collect@gpt"]
     decisions = 100 * 50
     assert line["decisions"] == decisions
+    assert lines(settings(teachers={"gpt": GPT | {"max_calls": 9}}))["collect@gpt"]["decisions"] == 100 * 9
     prompt = line["tokens"] / decisions - rates()["text"]["completion_tokens"]
     assert line["usd"] == pytest.approx([decisions * (prompt * 0.15 + 30 * 0.60) / 1e6] * 2)
     assert sum(line["hours"]) / 2 * 3600 == pytest.approx(decisions * 2 / 10)

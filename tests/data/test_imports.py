@@ -101,7 +101,19 @@ def test_the_same_file_gives_the_same_bytes(rows, tmp_path):
 def test_of_an_imported_decision_nothing_is_made_up(tmp_path):
     store.write(tmp_path / "trace.parquet", imported(write(tmp_path / "rows.jsonl", GOOD))[0])
     (row,) = store.pq.read_table(tmp_path / "trace.parquet").to_pylist()
-    for name in ("seed", "view", "vitals", "inventory", "facing", "position", "reward", "unlocked", "done", "died"):
+    for name in (
+        "seed",
+        "view",
+        "vitals",
+        "inventory",
+        "facing",
+        "position",
+        "reward",
+        "unlocked",
+        "done",
+        "died",
+        "ending",
+    ):
         assert row[name] is None, name
 
 
@@ -533,6 +545,13 @@ def test_a_trace_of_another_checkout_comes_with_all_that_is_known(trace):
     assert kept and funnel.teachers["friends"].as_dict(None)["achievements_mean"] > 1
     row = chat_rows.row(kept[0], kept[0].steps[0], Prompt(mode="text"))  # shown as our student is
     assert row["messages"] == chat_rows.row(theirs[0], theirs[0].steps[0], Prompt(mode="text"))["messages"]
+
+
+def test_a_trace_from_before_it_said_why_episodes_end_is_read(trace, tmp_path):
+    store.pq.write_table(store.pq.read_table(trace).drop_columns(["ending"]), tmp_path / "old.parquet")
+    episodes, report = imported(tmp_path / "old.parquet")
+    assert report.decisions == {"read": 120, "usable": 120}
+    assert {step.ending for episode in episodes for step in episode.steps} == {""}
 
 
 def test_what_cannot_be_used_of_a_trace_is_counted(trace, tmp_path):

@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -647,6 +648,31 @@ def test_the_key_stands_nowhere(tmp_path):
     with pytest.raises(NoAnswer) as raised, Server([Answer(f"Bad {KEY}", 500)]) as server:
         completed(server, max_retries=0)
     assert KEY not in repr(raised.value) and raised.value.__cause__ is None
+
+
+def test_an_episode_has_as_many_calls_as_it_may_and_a_higher_cap_pays_only_for_the_rest(capfd):
+    """A fault that is asked again is none of them, and an unreadable reply is one."""
+    said = iter([Answer("", 500), Answer(completion(call("noop"))), Answer(completion({"content": "no"}))])
+    with Server(lambda request: next(said, Answer(completion(call("noop"))))) as server:
+        playing_by = teacher(server, seeds="0", max_steps=9)
+        (episode,) = capped(playing_by, 3)
+        assert [(step.invalid != "", step.ending) for step in episode.steps] == [
+            (False, ""),
+            (True, ""),
+            (False, "calls"),
+        ]
+        assert len(server.requests) == 4
+        assert "seed 0: 3 steps, no calls left, 0 achievements" in capfd.readouterr().out
+        assert same(capped(playing_by, 3), [episode]) and len(server.requests) == 4
+        (longer,) = capped(playing_by, 5)
+        assert [step.reply for step in longer.steps[:3]] == [step.reply for step in episode.steps]
+        assert len(longer.steps) == 5 and len(server.requests) == 6
+        assert len(recorded(playing_by)[0].steps) == 9
+
+
+def capped(teacher: Teacher, calls: int) -> list[Episode]:
+    playing = replace(spec(teacher), max_calls=calls)
+    return list(map(store.from_bytes, chat.record(playing, teacher.endpoint, "code", "teachers.gpt.endpoint")))
 
 
 def test_an_endpoint_without_tools_is_told_how_to_write_a_call(tmp_path, capfd):

@@ -295,6 +295,17 @@ def test_the_servers_rollouts_pay_from_the_same_purse():
         assert spent(settings) == pytest.approx(len(server.requests) * REPLY)
 
 
+def test_a_rollout_ends_with_its_agents_last_call():
+    with Server() as server:
+        agent = Agent(policy="chat", prompt=Prompt(mode="text"), endpoint=endpoint(server), max_calls=2)
+        rollouts = Rollouts((), {"gpt": (agent, "teachers.gpt.endpoint")}, {}, 2)
+        try:
+            found = rollouts.start(RolloutRequest(policy="gpt", seed=1, max_steps=10)).result(60)
+        finally:
+            rollouts.close()
+        assert (found["steps"], found["ending"], len(server.requests)) == (2, "calls", 2)
+
+
 def test_a_rollout_that_is_ended_has_paid_for_what_it_asked():
     with Server(lambda request: Answer(NOOP.body, delay=30)) as server:
         settings = endpoint(server)

@@ -87,6 +87,44 @@ def test_every_section_is_drawn(browser, data):
     assert not browser.evaluate("document.body.innerText.match(/undefined|NaN|\\[object/)")
 
 
+def test_it_says_of_what_run_it_is(browser):
+    said = "Profile tiny. Run until 2026-11-26 at commit 1234567, on 2 cores of Abacus 9."
+    assert text(browser, "#facts") == said
+
+
+def test_toy_results_say_so_first(browser, data, tmp_path):
+    file = tmp_path / "toy.html"
+    file.write_text(report.page(data | {"facts": data["facts"] | {"toy": True}}))
+    browser.open(file)
+    assert "mean nothing" in text(browser, "h1")
+
+
+def test_every_curve_has_both_axes_named_and_rl_is_by_iteration(browser):
+    figures = browser.evaluate(
+        "[...document.querySelectorAll('#curves figure')].map((one) => [one.querySelector('figcaption').textContent,"
+        "...[...one.querySelectorAll('svg > text')].map((text) => text.textContent).slice(-2)])"
+    )
+    for title, across, up in figures:
+        assert up and across == (
+            "iteration" if title.startswith("RL") else "round" if "teacher" in title else "optimizer step"
+        )
+
+
+def test_few_worlds_are_one_sentence(browser):
+    assert browser.evaluate("document.querySelectorAll('.warnings p').length") == 1
+    assert "3 worlds are too few" in text(browser, ".warnings")
+
+
+def test_the_last_agents_best_and_median_worlds_are_offered_to_watch(browser):
+    offered = browser.evaluate("[...document.querySelectorAll('#watch button')].map((one) => one.textContent)")
+    assert "Watch the best world of sft" in offered and "Watch the median world of sft" in offered
+    browser.evaluate(
+        "[...document.querySelectorAll('#watch button')].find((one) => /best/.test(one.textContent)).click()"
+    )
+    chosen = browser.evaluate("document.getElementById('world').selectedOptions[0].textContent")
+    assert "the best of sft" in chosen
+
+
 def test_what_a_model_writes_is_shown_and_never_run(browser, data):
     """It stands there letter by letter; no element comes of it, and no script has run."""
     said = set()
@@ -200,6 +238,23 @@ def test_a_phone_never_scrolls_sideways(browser, width):
     assert browser.evaluate("innerWidth") == width
     # What can be touched is large enough for it.
     assert browser.evaluate("[...document.querySelectorAll('button, select')].every((one) => one.offsetHeight >= 36)")
+
+
+def test_a_phone_cuts_no_rate_and_hides_no_column_without_a_cue(browser):
+    browser.size(390, 844, phone=True)
+    time.sleep(0.3)
+    for table in ("#results-table", "#claims"):
+        right = browser.evaluate(
+            f"Math.max(...[...document.querySelectorAll('{table} .drawn')]"
+            ".map((one) => one.getBoundingClientRect().right))"
+        )
+        assert 0 < right <= 390
+    without = browser.evaluate(
+        "[...document.querySelectorAll('.scroll')].filter((one) => one.scrollWidth > one.clientWidth + 1 &&"
+        "(one.previousElementSibling.hidden || !one.classList.contains('more'))).length"
+    )
+    assert without == 0
+    assert browser.evaluate("document.querySelectorAll('.scroll.more').length") > 0
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

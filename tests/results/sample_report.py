@@ -29,6 +29,7 @@ EVIL = (
     "\x00\u202e😀 & &lt;b&gt;",
 )
 SEEDS = (7, 8, 9)
+RAN = {"processor": "Abacus 9", "date": "2026-11-26", "commit": "1234567", "changed": False}
 
 
 class _Evil(Scripted):
@@ -76,6 +77,7 @@ def made(folder: Path) -> dict:
         "benchmark": scores,
         "differences": differences,
         "statistics": {
+            "toy": False,
             "intervals": {name: score.intervals(one, 200) for name, one in played.items()},
             "warnings": score.warnings(scores, differences),
         },
@@ -88,7 +90,7 @@ def made(folder: Path) -> dict:
     }
     stages = ("collect-expert", "filter", "split", "student", "sft", "agreement", "distill", "rl", "benchmark-expert")
     metrics |= {
-        f"times/{stage}": {"seconds": 12.5, "cores": 2} for stage in (*stages, "benchmark_student-sft", "score")
+        f"times/{stage}": {"seconds": 12.5, "cores": 2} | RAN for stage in (*stages, "benchmark_student-sft", "score")
     }
     for name, values in metrics.items():
         (folder / f"metrics/{name}.json").write_text(json.dumps(values))

@@ -4,12 +4,14 @@ import base64
 import io
 import json
 import re
+import subprocess
 
 import numpy as np
 import pytest
 from PIL import Image
-from sample_report import EVIL, made, recorded
+from sample_report import EVIL, RAN, made, recorded
 
+from apprentice import stage
 from apprentice.pipeline import ROOT
 from apprentice.results import report
 from apprentice.world import ACHIEVEMENTS, png
@@ -132,3 +134,34 @@ def test_published_results_say_where_they_are_from():
         assert row["metric"] in ("achievement_rate", "crafter_score", "share_of_reward")
         if row["source"] == "BALROG":  # its evaluator's default since 2025-03
             assert row["temperature"] == (1.0 if row["date"] > "2025-03" else 0.0)
+
+
+def test_of_which_run_the_page_is_is_what_the_stages_wrote():
+    old = {"stage": "split", "seconds": 1.0, "cores": 2}
+    assert report.ran([old]) is None  # by a version that wrote no more
+    first = old | RAN | {"date": "2026-11-25", "commit": "0000001", "cores": 4}
+    last = old | RAN | {"changed": True}
+    assert report.ran([old, last, first, last]) == {
+        "date": "2026-11-26",
+        "commit": "1234567 with changes",
+        "others": ["0000001"],
+        "machines": ["2 cores of Abacus 9", "4 cores of Abacus 9"],
+    }
+
+
+def test_a_stage_writes_of_which_commit_it_is_and_whether_its_code_was_changed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert stage._circumstances()["commit"] is None
+    for name in ("src", "stages"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "code.py").write_text("")
+    for name in ("params.yaml", "dvc.lock"):
+        (tmp_path / name).write_text("")
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b.c"]
+    for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "first"]):
+        subprocess.run([*git, *command], check=True)
+    (tmp_path / "dvc.lock").write_text("the pipeline's own")
+    found = stage._circumstances()
+    assert found["commit"] and found["processor"] and not found["changed"]
+    (tmp_path / "src/code.py").write_text("another")
+    assert stage._circumstances()["changed"]

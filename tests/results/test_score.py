@@ -195,7 +195,7 @@ def test_many_comparisons_make_each_count_for_less():
 def test_a_claim_that_the_episodes_cannot_support_is_warned_of():
     close = {"base": [some(seed, 5 + seed % 4) for seed in range(12)], "sft": [some(seed, 7) for seed in range(12)]}
     far = {"base": [some(seed, 2 + seed % 2) for seed in range(12)], "sft": [some(seed, 9) for seed in range(12)]}
-    few = {"base": [some(seed, 2 + seed % 2) for seed in range(9)]}
+    few = far | {"base": far["base"][:9]}
 
     def said(agents: dict) -> list[str]:
         scores = {name: score(episodes, SAMPLES) for name, episodes in agents.items()}
@@ -204,9 +204,17 @@ def test_a_claim_that_the_episodes_cannot_support_is_warned_of():
     assert said(far) == []
     assert len(said(close)) == 1 and said(close)[0].startswith("sft and base can't be told apart on 12 worlds")
     assert said({"base": far["base"], "sft": far["base"]}) == [
-        "sft and base can't be told apart on 12 worlds: +0.0%, +0.0% to +0.0%, p = 1"
+        "sft and base can't be told apart on 12 worlds: +0.0 percentage points, +0.0 to +0.0, p = 1"
     ]
     assert said(few) == ["base: 9 episodes are too few for its interval to be trusted; play 10 or more"]
+
+
+def test_few_worlds_of_everybody_are_one_sentence():
+    agents = {name: [some(seed, 5) for seed in range(4)] for name in ("base", "sft", "rl")}
+    scores = {name: score(episodes, SAMPLES) for name, episodes in agents.items()}
+    assert warnings(scores, compare_all(agents, SAMPLES)) == [
+        "4 worlds are too few for any interval or difference to be trusted; play 10 or more"
+    ]
 
 
 def test_a_smaller_difference_needs_more_worlds_by_the_usual_formula():

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import httpx2
 import numpy as np
+import openai
 import pytest
 import torch
 from conftest import SHOWN
@@ -24,6 +25,7 @@ from ruamel.yaml import YAML
 from safetensors.torch import load_file
 from served import KINDS, decisions
 from small import SMALL, checkout, stage, started, wait_for
+from test_chat_api import asked, serving
 from test_vllm import gone
 
 from apprentice import prompt
@@ -284,6 +286,44 @@ def descendants(pid: int) -> list[str]:
     for parent in found:
         found += [child for child, of in parents.items() if of == parent]
     return found[1:]
+
+
+def test_it_is_served_by_openais_api_as_it_answers_in_process(top, processor, tiny_folder, adapter):
+    served_by(top)
+    model, before, alike = merged(tiny_folder, adapter), set(descendants(os.getpid())), 0
+    with serving(top, "distill") as url, openai.OpenAI(base_url=url, api_key="none", max_retries=0) as client:
+
+        def answer(world: int, **more):
+            more = {"model": "distill", "logprobs": True, "extra_body": {"return_token_ids": True}} | more
+            return client.chat.completions.create(**asked(world) | more)
+
+        assert [model.id for model in client.models.list()] == ["distill"]
+        for seed in range(6):
+            reply = answer(seed, temperature=0, max_tokens=8)
+            row = encode(processor, asked(seed)["messages"])
+            [[ids, chances, *_]] = generate(model, processor, [row], np.zeros((1, 8)), 0.0)
+            [choice] = reply.choices
+            same = next(
+                (at for at, pair in enumerate(zip(choice.token_ids, ids, strict=False)) if len(set(pair)) == 2), 8
+            )
+            served = [token.logprob for token in choice.logprobs.content]
+            np.testing.assert_allclose(served[: same + 1], chances[: same + 1], atol=1e-4)
+            assert reply.usage.prompt_tokens == len(row.prompt_ids)
+            alike += choice.token_ids == ids
+        assert alike >= 5  # two tokens may be as likely but for rounding
+        drawn = (
+            answer(1, n=3, max_tokens=8, seed=7),
+            answer(1, n=3, max_tokens=8, seed=7),
+            answer(1, n=3, max_tokens=8, seed=8),
+        )
+        said = [[choice.token_ids for choice in reply.choices] for reply in drawn]
+        assert said[0] == said[1] != said[2] and len({tuple(ids) for ids in said[0]}) > 1
+        parts = answer(1, n=3, max_tokens=8, seed=7, stream=True)
+        words = "".join(part.choices[0].delta.content or "" for part in parts)
+        assert words == "".join(choice.message.content for choice in drawn[0].choices)
+        children = set(descendants(os.getpid())) - before
+        assert len(children) >= 3  # the command, vLLM, its engine
+    assert gone(children)
 
 
 def test_rl_and_benchmark_play_on_a_server_that_runs_already(top, servers, tmp_path):

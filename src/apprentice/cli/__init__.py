@@ -27,6 +27,7 @@ from apprentice.cli import (
     results,
     serve,
     settings,
+    side_by_side,
     traces,
 )
 
@@ -38,6 +39,7 @@ application = typer.Typer(
 )
 _SEE, _DATA, _RUN = "See", "Data", "Run the pipeline"
 application.command("play", rich_help_panel=_SEE)(play.play)
+application.command("film", rich_help_panel=_SEE)(side_by_side.film)
 application.add_typer(traces.application, name="traces", rich_help_panel=_SEE)
 application.command("results", rich_help_panel=_SEE)(results.show_results)
 application.command("report", rich_help_panel=_SEE)(report.report)

@@ -88,6 +88,8 @@ output_dir: saves/crafter
 """,
 }
 """The train.yaml of a trainer: what these files need, and a start for the rest."""
+_HELD_OUT = re.compile(r"^(eval_dataset|test_datasets):.*\n|^  - split: validation\n.*\n", re.MULTILINE)
+"""What a train.yaml and the card say of rows to validate on."""
 _NEXT = {
     "huggingface": "hf upload YOUR_NAME/crafter-decisions {out} --repo-type dataset",
     "llamafactory": "llamafactory-cli train {out}/train.yaml",
@@ -129,17 +131,24 @@ def export(
     from apprentice.data.dataset import Jsonl
 
     write = {"openai": _openai, "huggingface": _huggingface, "llamafactory": _llamafactory, "axolotl": _axolotl}[form]
+    chats = {split: Jsonl(file) for split, file in files.items()}
+    if not len(chats["val"]):  # split.val_fraction: 0
+        del chats["val"]
+
+    def text(form: str, **values: str) -> str:
+        return (form if "val" in chats else _HELD_OUT.sub("", form)).format(**values)
+
     with replacing(out) as folder:
         folder.mkdir()
-        counts = write(folder, {split: Jsonl(file) for split, file in files.items()})
+        counts = write(folder, chats)
         if form == "huggingface":
             size = next((name for most, name in _SIZES.items() if sum(counts.values()) < most), "n>10M")
-            (folder / "README.md").write_text(_CARD.format(license=license_, size=size))
+            (folder / "README.md").write_text(text(_CARD, license=license_, size=size))
         if form in _SETTINGS:
             places = {"folder": out, **{split: out / f"{split}.jsonl" for split in SPLITS}}
             # JSON's texts are YAML's.
             quoted = {name: json.dumps(str(place.resolve())) for name, place in places.items()}
-            (folder / "train.yaml").write_text(_SETTINGS[form].format(**quoted))
+            (folder / "train.yaml").write_text(text(_SETTINGS[form], **quoted))
     if as_json:
         print(json.dumps({"format": form, "folder": str(out), "rows": counts}))
         return

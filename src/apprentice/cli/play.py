@@ -203,7 +203,7 @@ def _episode(
     async def ask() -> "Episode":
         with Replies(agent, model.endpoint.asked, alone=True) as replies:
             async with Client(model.endpoint, whose, agent) as client:
-                spec = Spec([seed], max_steps, model.prompt, agent)
+                spec = Spec([seed], max_steps, model.prompt, agent, max_calls=model.max_calls)
                 return await play_one(seen(Chat(agent, client, replies)), spec, seed)
 
     try:

@@ -12,15 +12,19 @@ from apprentice.errors import ConfigError, WorkError
 
 def report(
     worlds: Annotated[str, typer.Option(help='Seeds of the benchmark to replay: "200003,200040-200042".')] = "",
-    out: Annotated[Path, typer.Option(help="The file to write.")] = Path("report.html"),
+    out: Annotated[Path, typer.Option(help="The page, .html; or the results as one figure, .svg or .png.")] = Path(
+        "report.html"
+    ),
     show: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
 ) -> None:
     """Results, training and replays as one page that needs no network.
 
-    `dvc repro` writes metrics/report.html; this is for other worlds to replay.
+    `dvc repro` writes metrics/report.html; this is for other worlds to replay, and for a figure of the results.
 
     Example: apprentice report --worlds 200003,200040 --open
     """
+    if out.suffix.lower() not in (".html", ".svg", ".png"):
+        raise ConfigError(f"--out {out}: it must end in .html, .svg or .png")
     settings = params.load()
     try:
         seeds = params.seeds(worlds) if worlds else ()
@@ -28,6 +32,10 @@ def report(
         raise ConfigError(f"--worlds: {error}") from None
     if others := sorted(set(seeds) - set(settings.benchmark.seeds)):
         raise ConfigError(f"--worlds: nobody has played {others[0]}; choose from benchmark.seeds in params.yaml")
+
+    if out.suffix.lower() != ".html":
+        _figure(out, worlds)
+        return
 
     from apprentice.results import report as drawn
 
@@ -43,3 +51,15 @@ def report(
         print(f"left out, for the page would be over 10 MB: {', '.join(map(str, left_out))}")
     if show:
         webbrowser.open(out.resolve().as_uri())
+
+
+def _figure(out: Path, worlds: str) -> None:
+    if worlds:
+        raise ConfigError("--worlds is for replays, which a figure has not; leave it out, or --out report.html")
+    from apprentice.results import figure
+
+    try:
+        figure.draw(out)
+    except FileNotFoundError as error:
+        raise WorkError(f"there is no {error.filename} yet: run dvc repro first") from None
+    print(f"written: {out}")

@@ -14,7 +14,19 @@ from apprentice.errors import ConfigError, WorkError
 application = typer.Typer(
     no_args_is_help=True, help="Look into what was played: the teachers' traces, the benchmark's."
 )
-_COLUMNS = ["episode_id", "agent", "seed", "step", "invalid", "executed", "reward", "unlocked", "done", "died"]
+_COLUMNS = [
+    "episode_id",
+    "agent",
+    "seed",
+    "step",
+    "invalid",
+    "executed",
+    "reward",
+    "unlocked",
+    "done",
+    "died",
+    "ending",
+]
 _COLUMNS += ["prompt_tokens", "completion_tokens"]
 
 
@@ -81,7 +93,7 @@ def list_episodes(
             str(len(episode["achievements"])),
             f"{episode['reward']:.1f}",
             str(episode["invalid"]),
-            "died" if episode["died"] else "",
+            "died" if episode["died"] else episode["ending"],
         )
     console = Console(highlight=False)
     console.print(table)
@@ -197,8 +209,8 @@ def _line(step) -> str:
         parts.append(f"unlocked {', '.join(step.unlocked)}")
     if step.invalid:
         parts.append(f"invalid: {_plain(step.invalid)}")
-    if step.died:
-        parts.append("died")
+    if step.ending:
+        parts.append({"steps": "time is up", "calls": "no calls left"}.get(step.ending, step.ending))
     return "  ".join(parts)
 
 
@@ -213,6 +225,7 @@ def _decision(step) -> dict:
         "unlocked": step.unlocked,
         "done": step.done,
         "died": step.died,
+        "ending": step.ending,
         "prompt_tokens": step.reply.prompt_tokens,
         "completion_tokens": step.reply.completion_tokens,
     }
@@ -262,7 +275,7 @@ def _episodes(path: Path) -> Iterator[dict]:
                 if episode:
                     yield episode
                 episode = {"episode": row["episode_id"], "agent": row["agent"], "seed": row["seed"], "decisions": 0}
-                episode |= {"steps": 0, "achievements": [], "reward": 0.0, "invalid": 0, "died": False}
+                episode |= {"steps": 0, "achievements": [], "reward": 0.0, "invalid": 0, "died": False, "ending": ""}
                 episode |= {"prompt_tokens": 0, "completion_tokens": 0}
             episode["decisions"] += 1
             episode["steps"] = row["step"] + len(row["executed"])
@@ -270,6 +283,7 @@ def _episodes(path: Path) -> Iterator[dict]:
             episode["reward"] += row["reward"] or 0.0
             episode["invalid"] += bool(row["invalid"])
             episode["died"] |= bool(row["died"])
+            episode["ending"] = row.get("ending") or ""
             episode["prompt_tokens"] += row["prompt_tokens"]
             episode["completion_tokens"] += row["completion_tokens"]
     if episode:

@@ -19,7 +19,7 @@ from apprentice import compute, prompt
 from apprentice.data.judge import LINES
 from apprentice.endpoint import prices
 from apprentice.files import replacing
-from apprentice.params import Benchmark, Endpoint, Params, Profile, Prompt, Teacher
+from apprentice.params import Agent, Benchmark, Endpoint, Params, Profile, Prompt, Teacher
 from apprentice.workers import cores
 from apprentice.world.observation import SIZE
 from apprentice.world.world import World
@@ -171,7 +171,7 @@ def _lines(settings: Params, places: compute.Compute) -> list[Line]:
     teachers, rl = settings.teachers.values(), settings.active.rl
     lines = [_collect(name, teacher) for name, teacher in settings.teachers.items()]
     lines += [_import(name, Path(source.file)) for name, source in settings.imports.items()]
-    played = sum(len(teacher.seeds) * teacher.max_steps for teacher in teachers)
+    played = sum(len(teacher.seeds) * _decisions(teacher, teacher.max_steps) for teacher in teachers)
     read = sum(line.decisions or 0 for line in lines)
     if settings.filter.min_judge_score is not None:
         lines.append(_judge("filter: judge", settings, sum(len(teacher.seeds) for teacher in teachers), played))
@@ -213,8 +213,9 @@ def _here(stage: str, number: int, rate: str, what: str) -> Line:
 
 
 def _collect(name: str, teacher: Teacher) -> Line:
-    most = len(teacher.seeds) * teacher.max_steps
-    what = f"{len(teacher.seeds):,} episodes × at most {teacher.max_steps} decisions"
+    each = _decisions(teacher, teacher.max_steps)
+    most = len(teacher.seeds) * each
+    what = f"{len(teacher.seeds):,} episodes × at most {each} decisions"
     if teacher.endpoint is None:
         return _here(f"collect@{name}", most, "collect_decisions_per_second", what)
     return _chat(f"collect@{name}", teacher.endpoint, teacher.prompt, f"teachers.{name}", most, what)
@@ -222,17 +223,23 @@ def _collect(name: str, teacher: Teacher) -> Line:
 
 def _agents(benchmark: Benchmark) -> list[Line]:
     """The benchmark's agents: those built in together, each that is paid for alone."""
-    worlds, steps = len(benchmark.seeds), benchmark.steps
-    what = f"{worlds:,} worlds × at most {steps:,} decisions"
+    worlds, steps, lines = len(benchmark.seeds), benchmark.steps, []
     built_in = sum(agent.endpoint is None for agent in benchmark.agents.values())
-    scripted = _here(
-        "benchmark", built_in * worlds * steps, "collect_decisions_per_second", f"{built_in} agents built in × {what}"
-    )
-    return [scripted] * bool(built_in) + [
-        _chat(f"benchmark@{name}", agent.endpoint, agent.prompt, f"benchmark.agents.{name}", worlds * steps, what)
-        for name, agent in benchmark.agents.items()
-        if agent.endpoint
-    ]
+    if built_in:
+        what = f"{built_in} agents built in × {worlds:,} worlds × at most {steps:,} decisions"
+        lines.append(_here("benchmark", built_in * worlds * steps, "collect_decisions_per_second", what))
+    for name, agent in benchmark.agents.items():
+        if agent.endpoint:
+            each = _decisions(agent, steps)
+            what = f"{worlds:,} worlds × at most {each:,} decisions"
+            where = f"benchmark.agents.{name}"
+            lines.append(_chat(f"benchmark@{name}", agent.endpoint, agent.prompt, where, worlds * each, what))
+    return lines
+
+
+def _decisions(agent: Agent, steps: int) -> int:
+    """The most of an episode of so many steps."""
+    return min(steps, agent.max_calls or steps)
 
 
 def _chat(stage: str, endpoint: Endpoint, shown: Prompt, where: str, most: int, what: str) -> Line:

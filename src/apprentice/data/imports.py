@@ -149,7 +149,10 @@ def _trace(path: Path, name: str, report: Report, held_out: frozenset[int]) -> I
     """The episodes of a trace with all that it knows of them."""
     seen: set[str] = set()
     try:
-        if not pq.read_schema(path).equals(store.SCHEMA):
+        columns = pq.read_schema(path)
+        if "ending" not in columns.names:  # older traces lack it
+            columns = columns.append(store.SCHEMA.field("ending"))
+        if not columns.equals(store.SCHEMA):
             raise NothingUsable(f"{path} has other columns than a trace of this version; {_REMEDIES[_NO_DECISION]}")
         for episode in store.read(path):
             count = len(episode.steps)

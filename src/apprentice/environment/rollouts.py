@@ -63,6 +63,7 @@ class Rollouts:
 
     async def _play(self, asked: RolloutRequest) -> dict:
         policy: Policy
+        max_calls = None
         if asked.policy in self._students:
             make, settings = self._students[asked.policy]
             async with self._loading:
@@ -70,9 +71,11 @@ class Rollouts:
         elif asked.policy in self._endpoints:
             model, whose = self._endpoints[asked.policy]
             policy, settings = self._chat(asked.policy, model, whose), model.prompt
+            max_calls = model.max_calls
         else:
             policy, settings = _Fair(Scripted(asked.policy)), Prompt()
-        episode = await play_one(policy, Spec([asked.seed], asked.max_steps, settings), asked.seed)
+        spec = Spec([asked.seed], asked.max_steps, settings, max_calls=max_calls)
+        episode = await play_one(policy, spec, asked.seed)
         rows = await asyncio.to_thread(lambda: store.to_table(episode).to_pylist())
         return {
             "policy": asked.policy,
@@ -81,6 +84,7 @@ class Rollouts:
             "reward": episode.reward,
             "achievements": episode.unlocked,
             "died": episode.steps[-1].died,
+            "ending": episode.steps[-1].ending,
             "decisions": [_decision(row, asked.images) for row in rows],
         }
 

@@ -9,7 +9,7 @@ import asyncio
 import gc
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -26,6 +26,7 @@ from apprentice.params import Endpoint
 from apprentice.play import Spec, play_one
 from apprentice.policy import Turn
 from apprentice.progress import Progress
+from apprentice.stage import told
 from apprentice.workers import together
 from apprentice.world.observation import ACTIONS
 
@@ -120,7 +121,7 @@ def record(spec: Spec, endpoint: Endpoint, code: str, whose: str) -> Iterator[by
             def ended(seed: int, episode: Episode, record: bytes) -> None:
                 replies.ended(run, seed, policy.costs[seed], code, record)
                 wrong.update((step.invalid, step.reply.finish_reason) for step in episode.steps)
-                progress.say(line(seed, episode.length, episode.unlocked, policy.costs[seed]))
+                progress.say(told(episode, policy.costs[seed]))
                 tell()
 
             def failed(seed: int, error: NoAnswer) -> None:
@@ -143,12 +144,6 @@ def record(spec: Spec, endpoint: Endpoint, code: str, whose: str) -> Iterator[by
         if failures:
             print(f"{name}: left out, for the next run to try again: {_counted(failures)}", file=sys.stderr)
         yield from replies.records(run, (seed for seed in seeds if seed not in failures))
-
-
-def line(seed: int, steps: int, unlocked: Sequence[str], dollars: float | None) -> str:
-    """What became of an episode."""
-    cost = f", ${dollars:.4f}" if dollars else ""
-    return f"seed {seed}: {steps} steps{cost}, {len(unlocked)} achievements: {', '.join(unlocked) or 'none'}"
 
 
 @contextmanager
@@ -246,6 +241,8 @@ def _run(spec: Spec, endpoint: Endpoint) -> str:
     settings = {"max_steps": spec.max_steps, "explore": spec.explore, "prompt": spec.prompt.model_dump(mode="json")}
     if spec.opening:
         settings["opening"] = spec.opening
+    if spec.max_calls is not None:
+        settings["max_calls"] = spec.max_calls
     return fingerprint(agent=spec.agent, teacher=settings, endpoint=endpoint.asked)
 
 

@@ -21,10 +21,10 @@ function svg(tag, attributes = {}, ...children) {
   return element;
 }
 
-const percent = (value, digits = 1) => (100 * value).toFixed(digits) + " %";
+const percent = (value, digits = 1) => (100 * value).toFixed(digits) + "\u00a0%";
 const signed = (value, digits = 1) => (value < 0 ? "−" : "+") + Math.abs(value).toFixed(digits);
 const plain = (value, digits) => (value < 0 ? "−" : "") + Math.abs(value).toFixed(digits);
-const points = (value) => signed(100 * value) + " %";
+const points = (value) => signed(100 * value);
 const whole = (value) => Math.round(value).toLocaleString("en");
 const words = (name) => name.replaceAll("_", " ");
 const colors = new Map(data.agents.map((agent, place) => [agent.name, `var(--c${place % 8})`]));
@@ -48,28 +48,39 @@ function headline() {
   const students = agents.filter((agent) => agent.kind === "student");
   const [first, last] = [students[0], students.at(-1)];
   const expert = agents.find((agent) => agent.name === "expert");
-  $("headline").textContent = students.length > 1
+  $("headline").textContent = facts.toy ? "Toy settings: these results mean nothing" : students.length > 1
     ? `From ${rate(first)} to ${rate(last)} of Crafter’s achievements`
     : `${agents.at(-1).name}: ${rate(agents.at(-1))} of Crafter’s achievements`;
   const protocol = { quick: "", balrog: ", by BALROG’s rules", "almost balrog": ", much as BALROG does", crafter: ", by Crafter’s rules" }[facts.protocol];
   $("lead").textContent = `${whole(facts.worlds)} held-out worlds, at most ${whole(facts.steps)} steps each${protocol}. ` +
     `The student is ${facts.model}` + (expert ? `; the scripted expert gets ${rate(expert)}.` : ".");
+  const run = facts.run, others = run?.others.length ? `, some stages at ${run.others.join(", ")}` : "";
+  $("facts").textContent = `Profile ${facts.profile}` + (run
+    ? `. Run until ${run.date}${run.commit ? ` at commit ${run.commit}` : ""}${others}, on ${run.machines.join(" and ")}.`
+    : ". When, where and of which commit it was run has not been recorded.");
 }
 
 function results() {
-  const head = [th("agent"), th("achievement rate, 0 to 100 %", "text wide"), th(""), th("Crafter score"), th("reward"), th("steps"), th("invalid"), th("episodes")];
+  const head = [th("agent"), th("achievement rate, 0 to 100 %", "wide"), th("Crafter score"), th("reward"), th("steps"), th("invalid"), th("episodes")];
   const span = ([low, high], digits, factor = 1) => h("small", {}, `${plain(factor * low, digits)} to ${plain(factor * high, digits)}`);
   const rows = data.agents.map(({ name, kind, score, ci95 }) => h("tr", {},
     td(dot(name), name, h("small", {}, kind)),
-    td(range(score.achievement_rate, ci95.achievement_rate, colorOf(name))),
-    td(percent(score.achievement_rate), span(ci95.achievement_rate, 1, 100)),
+    drawn(range(score.achievement_rate, ci95.achievement_rate, colorOf(name)), percent(score.achievement_rate), span(ci95.achievement_rate, 1, 100)),
     td(score.crafter_score.toFixed(1), span(ci95.crafter_score, 1)),
     td(plain(score.reward, 2), span(ci95.reward, 2)),
     td(score.steps_mean.toFixed(0), span(ci95.steps_mean, 0)),
     td(percent(score.invalid_rate), span(ci95.invalid_rate, 1, 100)),
     td(whole(score.episodes))));
   $("results-table").append(table(head, rows));
+  const last = data.agents.at(-1).name;
+  data.replays.worlds.forEach(({ label }, value) => {
+    if (!label.endsWith(` of ${last}`)) return;
+    const watch = () => { $("world").value = value; chooseWorld(); $("replay").scrollIntoView(); };
+    $("watch").append(h("button", { onclick: watch }, `Watch ${label.replace(/ of .*/, "")} world of ${last}`));
+  });
 }
+/** A cell with a range and its figures: beside one another, on a phone below. */
+const drawn = (bar, ...figures) => td(h("div", { className: "drawn" }, bar, h("div", {}, ...figures)));
 
 function claims() {
   const pairs = Object.entries(data.differences).filter(([, row]) => row.pairs);
@@ -78,11 +89,11 @@ function claims() {
   const line = ([pair, row]) => {
     const p = row.p_holm < 0.001 ? "< 0.001" : row.p_holm.toFixed(3);
     return h("tr", {}, td(pair.replace(" - ", " − ")),
-      td(range(row.difference, row.ci95, row.p_holm < 0.05 ? "var(--c4)" : "var(--c0)", -most, most)),
-      td(points(row.difference), h("small", {}, `${points(row.ci95[0])} to ${points(row.ci95[1])}`)),
+      drawn(range(row.difference, row.ci95, row.p_holm < 0.05 ? "var(--c4)" : "var(--c0)", -most, most),
+        points(row.difference), h("small", {}, `${points(row.ci95[0])} to ${points(row.ci95[1])}`)),
       td(p), td(`${row.better} : ${row.worse}`));
   };
-  const head = () => [th("pair"), th("achievement rate, same worlds", "text wide"), th("difference"), th("p, corrected"), th("worlds better : worse")];
+  const head = () => [th("pair"), th("difference in percentage points", "wide"), th("p, corrected"), th("worlds better : worse")];
   const students = new Set(data.agents.filter((agent) => agent.kind === "student").map((agent) => agent.name));
   const between = pairs.filter(([pair]) => pair.split(" - ").every((name) => students.has(name)));
   const shown = between.length ? between : pairs;
@@ -179,10 +190,10 @@ function ticks(low, high, count = 4) {
   return found;
 }
 
-function chart(title, series) {
+function chart(title, series, across, up) {
   const drawn = series.filter(({ y }) => y && y.some((value) => value !== null));
   if (!drawn.length) return;
-  const [width, height, left, bottom, top] = [480, 230, 46, 26, 10];
+  const [width, height, left, bottom, top] = [480, 256, 46, 42, 22];
   const xs = drawn.flatMap(({ x }) => x), ys = drawn.flatMap(({ y }) => y).filter((value) => value !== null);
   let [x0, x1, y0, y1] = [Math.min(...xs), Math.max(...xs), Math.min(...ys), Math.max(...ys)];
   if (x0 === x1) { x0 -= 1; x1 += 1; }
@@ -195,14 +206,17 @@ function chart(title, series) {
   for (const value of ticks(y0, y1)) drawing.append(
     svg("line", { class: "axis", x1: left, x2: width - 12, y1: Y(value), y2: Y(value) }),
     svg("text", { class: "soft", x: left - 8, y: Y(value) + 4, "text-anchor": "end" }, String(value)));
-  for (const value of ticks(x0, x1, 5)) drawing.append(svg("text", { class: "soft", x: X(value), y: height - 6, "text-anchor": "middle" }, whole(value)));
+  for (const value of ticks(x0, x1, 5).filter(Number.isInteger)) drawing.append(svg("text", { class: "soft", x: X(value), y: height - bottom + 18, "text-anchor": "middle" }, whole(value)));
+  drawing.append(
+    svg("text", { class: "soft", x: (left + width - 12) / 2, y: height - 4, "text-anchor": "middle" }, across),
+    svg("text", { class: "soft", x: 0, y: 10 }, up));
   for (const { name, x, y, color } of drawn) {
     const pairs = x.map((value, place) => [value, y[place]]).filter(([, value]) => value !== null);
     const line = svg("path", { d: pairs.map(([a, b], place) => (place ? "L" : "M") + X(a).toFixed(1) + " " + Y(b).toFixed(1)).join("") });
     line.style.stroke = color;
     drawing.append(line);
     if (pairs.length < 30) for (const [a, b] of pairs) {
-      const point = svg("circle", { cx: X(a), cy: Y(b), r: 3 }, svg("title", {}, `${name}, step ${whole(a)}: ${b}`));
+      const point = svg("circle", { cx: X(a), cy: Y(b), r: 3 }, svg("title", {}, `${name}, ${across} ${whole(a)}: ${b}`));
       point.style.fill = color;
       drawing.append(point);
     }
@@ -214,19 +228,20 @@ function curves() {
   const { sft_train: train, sft_val: val, distill, distill_train: distilled, rl, rl_training: moved, rl_held_out: held } = data.curves;
   const [train_, val_] = ["var(--c0)", "var(--c4)"];
   const pair = (column) => [{ name: "training", x: train.step, y: train[column], color: train_ }, { name: "held out", x: val.step, y: val[column], color: val_ }];
-  chart("SFT: loss", pair("loss"));
-  chart("SFT: token accuracy", pair("token_accuracy"));
-  chart("Distillation: loss on labels and rows of SFT", [{ name: "training", x: distilled.step, y: distilled.loss, color: train_ }]);
-  chart("Distillation: own decisions as the teacher's, by round", [{ name: "agreement", x: distill.round, y: distill.agreement, color: val_ }]);
-  // Held-out worlds are played by iteration, training's by optimizer step: 0 is the student that RL begins with.
-  const last = Math.max(...held.iteration), each = Math.max(1, ...rl.step) / Math.max(1, rl.step.length);
-  const at = held.iteration.map((iteration) => iteration * each);
-  const both = (column) => [{ name: "training worlds", x: rl.step, y: rl[column], color: train_ }, { name: "held out", x: last ? at : [], y: last ? held[column] : [], color: "var(--c5)" }];
-  chart("RL: achievements an episode", both("achievements"));
-  chart("RL: reward an episode", both("reward"));
-  const of = (columns) => Object.entries(columns).map(([column, color]) => ({ name: words(column), x: moved.step, y: moved[column], color }));
-  chart("RL: distance from the student that it began with", of({ kl: "var(--c5)" }));
-  chart("RL: entropy and clipping", of({ entropy: "var(--c6)", clip_fraction: "var(--c3)" }));
+  const [step, iteration] = ["optimizer step", "iteration"];
+  chart("SFT: loss", pair("loss"), step, "nats a token");
+  chart("SFT: token accuracy", pair("token_accuracy"), step, "share of tokens");
+  chart("Distillation: loss on labels and rows of SFT", [{ name: "training", x: distilled.step, y: distilled.loss, color: train_ }], step, "nats a token");
+  chart("Distillation: own decisions as the teacher's", [{ name: "agreement", x: distill.round, y: distill.agreement, color: val_ }], "round", "share of decisions");
+  // A row for each iteration, by the student before its update: 0 is the one that RL begins with, on held-out worlds too.
+  const order = (rows) => (rows.step || []).map((_, place) => place);
+  const played = (column) => [{ name: "training worlds", x: order(rl), y: rl[column], color: train_ }, { name: "held out", x: held.iteration || [], y: held[column], color: "var(--c5)" }];
+  chart("RL: achievements an episode", played("achievements"), iteration, "of 22");
+  chart("RL: reward an episode", played("reward"), iteration, "as rl.reward weighs it");
+  const of = (columns) => Object.entries(columns).map(([column, color]) => ({ name: words(column), x: order(moved), y: moved[column], color }));
+  chart("RL: distance from the student that it began with", of({ kl: "var(--c5)" }), iteration, "KL divergence, nats a token");
+  chart("RL: entropy of a token", of({ entropy: "var(--c6)" }), iteration, "nats");
+  chart("RL: clipped tokens", of({ clip_fraction: "var(--c3)" }), iteration, "share of tokens");
 }
 
 function agreement() {
@@ -371,7 +386,7 @@ function show() {
     if (image.complete && image.naturalWidth) context.drawImage(image, 0, (frame % data.sheet) * size, size, size, 0, 0, size, size);
     const unlocked = columns.unlocked.slice(0, at + 1).flat();
     const reward = columns.reward.slice(0, at + 1).reduce((sum, value) => sum + value, 0);
-    const over = last && replay.now > columns.step[at] ? (episode.decisions > columns.step.length ? ", the rest isn’t shown" : episode.died ? ", died" : ", time is up") : "";
+    const over = last && replay.now > columns.step[at] ? (episode.decisions > columns.step.length ? ", the rest isn’t shown" : { died: ", died", calls: ", no calls left" }[episode.ending] ?? ", time is up") : "";
     parts.state.textContent = `step ${columns.step[at]} of ${episode.length}, ${unlocked.length} achievements, reward ${reward.toFixed(1)}${over}`;
     parts.canvas.setAttribute("aria-label", `The world at step ${columns.step[at]}`);
     VITALS.forEach((name, place) => { parts.gauges[place].meter.value = columns.vitals[at][place]; parts.gauges[place].number.textContent = columns.vitals[at][place]; });
@@ -473,4 +488,19 @@ function replays() {
   chooseWorld();
 }
 
-for (const draw of [headline, results, claims, replays, achievementBars, techTree, funnel, curves, agreement, costs, published]) draw();
+/** A cue at each part that goes on to the right of what is seen. */
+function cues() {
+  for (const box of document.querySelectorAll(".scroll")) {
+    const cue = h("p", { className: "cue", hidden: true }, "More to the right: swipe or scroll →");
+    box.before(cue);
+    const look = () => {
+      const more = box.scrollWidth > box.clientWidth + 1;
+      box.classList.toggle("more", more && box.scrollLeft + box.clientWidth < box.scrollWidth - 1);
+      cue.hidden = !more;
+    };
+    box.addEventListener("scroll", look, { passive: true });
+    new ResizeObserver(look).observe(box);
+  }
+}
+
+for (const draw of [headline, results, claims, replays, achievementBars, techTree, funnel, curves, agreement, costs, published, cues]) draw();

@@ -59,7 +59,7 @@ def gather(settings: Params, worlds: tuple[int, ...] = ()) -> dict:
     worlds: seeds of the benchmark to replay; otherwise median, best and worst of the last agent, as many as fit.
     """
     benchmark, profile = settings.benchmark, settings.active
-    statistics = _json("statistics")
+    statistics, times = _json("statistics"), _times(settings)
     return {
         "facts": {
             "protocol": "almost balrog" if settings.departures else benchmark.protocol,
@@ -67,6 +67,8 @@ def gather(settings: Params, worlds: tuple[int, ...] = ()) -> dict:
             "steps": benchmark.steps,
             "profile": settings.profile,
             "model": "a tiny Qwen3-VL" if profile.student.model == "tiny" else profile.student.model,
+            "toy": statistics["toy"],
+            "run": ran(times),
         },
         "agents": _agents(settings, statistics["intervals"]),
         "achievements": tree(),
@@ -77,7 +79,7 @@ def gather(settings: Params, worlds: tuple[int, ...] = ()) -> dict:
         "curves": {name: curve(Path(f"metrics/plots/{name}.csv")) for name in CURVES},
         "agreement": _agreement(Path("metrics/plots/agreement.csv")),
         "costs": _json("cost") | {"distill": _json("distill")},
-        "times": _times(settings),
+        "times": times,
         "replays": replays(benchmark.names, worlds),
         "sheet": _SHEET,
     }
@@ -162,6 +164,24 @@ def _times(settings: Params) -> list[dict]:
     return [{"stage": name} | _json(f"times/{name}") for name in names]
 
 
+def ran(times: list[dict]) -> dict | None:
+    """Where, when and of which commit the stages ran, as they have written it themselves; None if none has.
+
+    The page is of DVC's outputs, which may come from its cache: what counts is when and where they were computed.
+    """
+    known = [stage for stage in times if "date" in stage]  # an older version's has only seconds and cores
+    if not known:
+        return None
+
+    def commit(stage: dict) -> str | None:
+        return stage["commit"] and stage["commit"] + (" with changes" if stage["changed"] else "")
+
+    last = max(known, key=lambda stage: stage["date"])
+    machines = dict.fromkeys(f"{stage['cores']} cores of {stage['processor']}" for stage in known)
+    others = {commit(stage) for stage in known} - {commit(last), None}
+    return {"date": last["date"], "commit": commit(last), "others": sorted(others), "machines": list(machines)}
+
+
 class _Replays:
     """Episodes as the page wants them: texts and inventories named once, pictures in sheets; and what they weigh."""
 
@@ -229,7 +249,7 @@ class _Replays:
             "decisions": len(episode.steps),
             "achievements": len(set(episode.unlocked)),
             "reward": round(episode.reward, 2),
-            "died": episode.steps[-1].died,
+            "ending": episode.steps[-1].ending,
         }
 
 

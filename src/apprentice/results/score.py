@@ -131,18 +131,22 @@ def compare_all(played: dict[str, Sequence[Summary]], samples: int = 10_000) -> 
 
 def warnings(scores: dict[str, dict], differences: dict[str, dict]) -> list[str]:
     """What these numbers can't support, each in a sentence: too few episodes, or too small a difference for them."""
+    few = {agent: row["episodes"] for agent, row in scores.items() if row["episodes"] < FEW}
+    if few and len(few) == len(scores):
+        return [
+            f"{max(few.values())} worlds are too few for any interval or difference to be trusted; play {FEW} or more"
+        ]
     found = [
-        f"{agent}: {row['episodes']} episodes are too few for its interval to be trusted; play {FEW} or more"
-        for agent, row in scores.items()
-        if row["episodes"] < FEW
+        f"{agent}: {episodes} episodes are too few for its interval to be trusted; play {FEW} or more"
+        for agent, episodes in few.items()
     ]
     for pair, row in differences.items():
         low, high = row["ci95"]
         if row["p_holm"] < 0.05 or not row["pairs"]:
             continue
         better, worse = pair.split(" - ")
-        text = f"{better} and {worse} can't be told apart on {row['pairs']} worlds: {row['difference']:+.1%}, "
-        text += f"{low:+.1%} to {high:+.1%}, p = {row['p_holm']:.2g}"
+        text = f"{better} and {worse} can't be told apart on {row['pairs']} worlds: {100 * row['difference']:+.1f} "
+        text += f"percentage points, {100 * low:+.1f} to {100 * high:+.1f}, p = {row['p_holm']:.2g}"
         if row["p"] < 0.05:
             text += f" once corrected for {len(differences)} comparisons"
         if row["needed"]:
