@@ -157,7 +157,7 @@ CAPPED = {
         ({"benchmark__agents": {"gpt": {"policy": "chat"}}}, ["benchmark.agents.gpt", "needs an endpoint"]),
         ({"teachers__expert__max_calls": 9}, ["teachers.expert: max_calls is only for policy chat", "expert"]),
         ({"benchmark__protocol": "crafter", "benchmark__agents": {"api": CAPPED}}, ["agents.api.max_calls", "null"]),
-        ({"profiles__tiny__distill__teacher": CAPPED}, ["distill: teacher.max_calls ends", "lower max_steps"]),
+        ({"profiles__tiny__distill__teacher": CAPPED}, ["distill.teacher: max_calls ends", "lower max_steps"]),
         ({"benchmark__agents": {"sft": {"policy": "noop"}}}, ["'sft'", "both an agent and a student"]),
         ({"benchmark__agents": {}, "benchmark__students": {}}, ["benchmark: nobody plays"]),
         ({"benchmark__protocol": "atari"}, ["benchmark.protocol", "'balrog'"]),

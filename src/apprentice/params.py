@@ -21,6 +21,7 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     Tag,
+    field_validator,
     model_validator,
 )
 from ruamel.yaml import YAML, CommentedMap
@@ -472,14 +473,15 @@ class Distill(Section):
             raise ValueError(f"worlds is {self.worlds}, and seeds are {len(self.seeds)}; name more seeds")
         return self
 
-    @model_validator(mode="after")
-    def _labels_every_decision(self):
-        if self.teacher.max_calls is not None:
+    @field_validator("teacher")
+    @classmethod
+    def _labels_every_decision(cls, teacher: Tutor) -> Tutor:
+        if teacher.max_calls is not None:
             raise ValueError(
-                "teacher.max_calls ends a teacher's own episodes, and here the student plays; remove it, and lower "
-                "max_steps for fewer calls"
+                "max_calls ends a teacher's own episodes, and here the student plays; remove it, and lower max_steps "
+                "for fewer calls"
             )
-        return self
+        return teacher
 
 
 Achievement = Literal[

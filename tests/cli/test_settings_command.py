@@ -53,7 +53,7 @@ def test_an_inherited_value_stands_with_the_profile_that_has_it(top):
     found = listed(top, "--profile", "qwen4b")
     assert found["sft.micro_batch_size"]["place"] == "profiles.qwen4b.sft.micro_batch_size"
     assert found["sft.learning_rate"]["place"] == "profiles.qwen2b.sft.learning_rate"
-    assert found["profile"] == {"key": "profile", "value": "qwen4b", "place": "profile", "line": 2}
+    assert found["profile"] == {"key": "profile", "value": "qwen4b", "place": "profile", "line": 3}
 
 
 def test_it_is_readable_and_knows_no_other_profile(top):

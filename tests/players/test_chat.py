@@ -662,7 +662,7 @@ def test_an_episode_has_as_many_calls_as_it_may_and_a_higher_cap_pays_only_for_t
             (False, "calls"),
         ]
         assert len(server.requests) == 4
-        assert "seed 0: 3 steps, no calls left, 0 achievements" in capfd.readouterr().out
+        assert "seed 0: 3 steps, no calls left, 0 achievements" in capfd.readouterr().err
         assert same(capped(playing_by, 3), [episode]) and len(server.requests) == 4
         (longer,) = capped(playing_by, 5)
         assert [step.reply for step in longer.steps[:3]] == [step.reply for step in episode.steps]
