@@ -33,9 +33,6 @@ PATH = Path("params.yaml")
 """Where a stage finds its parameters: in the folder it is run in, as DVC does."""
 
 
-_NULL = "tag:yaml.org,2002:null"
-
-
 def seeds(value: Any) -> tuple[int, ...]:
     """World seeds in order, from "0-99,200-249", a number or a list of either.
 
@@ -837,8 +834,7 @@ def load(path: Path | None = None) -> Params:
 def with_imports(files: dict[str, str], path: Path = PATH) -> str:
     """The text of params.yaml with these imports added (name → file), comments kept. Raises ConfigError as load."""
     yaml, text = YAML(), io.StringIO()
-    yaml.width = 4096  # long lines stay as they are, and so does `null`
-    yaml.representer.add_representer(type(None), lambda dumper, _: dumper.represent_scalar(_NULL, "null"))
+    yaml.width = 4096  # long lines stay as they are
     tree = yaml.load(path.read_text())
     sources = tree.setdefault("imports", CommentedMap())
     sources.fa.set_flow_style()

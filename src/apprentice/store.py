@@ -247,7 +247,7 @@ def totals(path: Path) -> dict[str, int]:
         found["completion_tokens"] += row["completion_tokens"]
         found["steps"] += len(row["executed"])
         found["invalid"] += bool(row["invalid"])
-        found["unlocked"] += len(row["unlocked"])
+        found["unlocked"] += len(row["unlocked"] or ())
     return {"episodes": len(episodes), **found}
 
 
