@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -97,14 +98,18 @@ def on_cores(top: Path, cores: int, *command: str) -> subprocess.CompletedProces
 
 
 def started(top: Path, cache: Path, *command: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, *command],
-        cwd=top,
-        env=environment(cache),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
+    """What it prints goes to a file, since a pipe that nobody reads fills up; `process.stdout` reads it."""
+    with tempfile.NamedTemporaryFile() as printed:
+        process = subprocess.Popen(
+            [sys.executable, *command],
+            cwd=top,
+            env=environment(cache),
+            stdout=printed,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        process.stdout = open(printed.name, "rb")  # noqa: SIM115  for whoever has the process
+    return process
 
 
 def wait_for(condition, process: subprocess.Popen, seconds: float = 900) -> None:
