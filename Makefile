@@ -38,8 +38,8 @@ smoke: setup ## the whole pipeline in minutes, with toy settings in a copy of th
 test-vllm: setup vllm ## the student on vLLM, for real, on the CPU
 	python -m pytest tests/serving/on_vllm.py
 
-test-deepspeed: setup ## two ranks that divide the optimizer's state, on two CPU cores
-	python -m pytest tests/training/on_deepspeed.py tests/training/split_training.py
+test-deepspeed: setup ## two ranks on two CPU cores learn what one does, with DeepSpeed and without
+	python -m pytest tests/training/on_two_ranks.py tests/training/split_training.py
 
 test-rehearsal: setup ## the profile qwen2b from end to end: few layers, pretended GPUs, a stand-in for vLLM
 	python -m pytest tests/rehearsal.py

@@ -1,7 +1,6 @@
 """A round of distillation trains on a teacher's labels of the student's own states, and pays for none twice."""
 
 import json
-import os
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -11,7 +10,6 @@ import pytest
 import torch
 from conftest import SHOWN
 from endpoint import NOOP, Answer, Server, completion
-from safetensors.torch import load_file
 from small import SMALL, checkout, contents, on_cores
 
 from apprentice import params, prompt
@@ -244,21 +242,3 @@ def test_no_rounds_are_a_copy_of_sft(taught, tmp_path):
     assert contents(top / "models/distill") == contents(top / "models/sft")
     assert json.loads((top / "metrics/distill.json").read_text())["rounds"] == []
     assert not (top / "cache").exists()
-
-
-@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core is one rank")
-def test_two_ranks_learn_what_one_learns(taught, tmp_path):
-    one, two = (distilled(tmp_path / str(cores), taught, cores, {}) for cores in (1, 2))
-    start, single, double = (
-        load_file(path) for path in (taught / "models/sft" / Path(WEIGHTS).name, one / WEIGHTS, two / WEIGHTS)
-    )
-    assert max((single[name] - start[name]).abs().max() for name in start) > 1e-4  # something was learnt
-    for name in single:
-        torch.testing.assert_close(double[name], single[name], atol=2e-5, rtol=0)
-    rounds = [json.loads((top / "metrics/distill.json").read_text())["rounds"] for top in (one, two)]
-    assert rounds[0][0] == rounds[1][0] and [row["round"] for row in rounds[0]] == [0, 1]
-    assert [row["teacher_share"] for row in rounds[0]] == [0.5, 0.25]
-    card = (one / "models/distill/README.md").read_text()
-    assert "labelled by" in card and "| expert | expert |" in card and str(tmp_path) not in card
-    (checkpoint,) = one.glob("cache/distill/*/checkpoint-8")
-    assert "rounds/1/rows.jsonl" in (checkpoint / "whole.json").read_text()

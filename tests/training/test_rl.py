@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -215,29 +214,6 @@ def run_and_last_adapter(top: Path, models: Path, cores: int, changes: dict) -> 
     assert done.returncode == 0, done.stderr[-3000:]
     (checkpoint,) = top.glob("cache/rl/*/checkpoint-4")
     return load_file(checkpoint / "adapter_model.safetensors")
-
-
-TWO_CORES = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core is one rank")
-
-
-@TWO_CORES
-@pytest.mark.parametrize("advantage", ["linear", "critic"])
-def test_two_ranks_make_the_update_of_one(adapted, tmp_path, advantage):
-    changes = {"profiles.tiny.rl.advantage": advantage}
-    one, two = (run_and_last_adapter(tmp_path / str(cores), adapted, cores, changes) for cores in (1, 2))
-    start = load_file(adapted / "distill" / "adapter_model.safetensors")
-    assert max((one[name] - start[name]).abs().max() for name in one) > 1e-4  # something was learnt
-    for name in one:
-        torch.testing.assert_close(two[name], one[name], atol=2e-5, rtol=0)
-    first_iteration = [("iteration", "==", 0)]
-    one, two = (
-        pq.read_table(tmp_path / name / "data/rl/rollouts.parquet", filters=first_iteration) for name in ("1", "2")
-    )
-    if advantage == "linear":
-        assert one.equals(two)
-    assert one.drop_columns("advantage").equals(two.drop_columns("advantage"))
-    # the critic's larger system is solved on two threads by one rank
-    np.testing.assert_allclose(one["advantage"].to_numpy(), two["advantage"].to_numpy(), rtol=1e-9)
 
 
 @pytest.mark.parametrize(
