@@ -83,7 +83,8 @@ def clone(pushed: Path, folder: Path) -> Path:
     for name in ("data", "models", "metrics"):
         shutil.rmtree(top / name)
     (top / "metrics").mkdir()
-    shutil.copy(pushed / "metrics/summary.json", top / "metrics")
+    for name in ("summary.json", "live.json"):
+        shutil.copy(pushed / "metrics" / name, top / "metrics")
     assert not (top / ".dvc/cache").exists() and not (top / "models").exists()
     return top
 
