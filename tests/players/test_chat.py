@@ -325,7 +325,7 @@ def test_so_many_episodes_are_under_way_as_concurrency_says_and_none_waits_for_a
         first = request.body["messages"] == first_shown
         if first and not slow.is_set():
             slow.set()
-            return Answer(NOOP.body, delay=3)
+            return Answer(NOOP.body, delay=8)
         return Answer(NOOP.body, delay=0.02)
 
     with Server() as server:
