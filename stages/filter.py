@@ -36,7 +36,7 @@ def main() -> None:
 
     sources, funnel = [*settings.teachers, *settings.imports], Funnel()
     traces = [Path(f"data/traces/{name}.parquet") for name in sources]
-    total = sum(store.totals(trace)["episodes"] for trace in traces)
+    total = sum(1 for trace in traces for _ in store.outcomes(trace))
     scores = {}
     if judging:
         from apprentice.data import judge

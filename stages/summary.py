@@ -4,19 +4,18 @@ dvc repro summary        or: python stages/summary.py
 """
 
 import csv
-import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))  # this checkout's, whatever is installed
 
-from apprentice.stage import run, write_metrics
+from apprentice.stage import read_metrics, run, write_metrics
 
 
 def main() -> None:
     """Write metrics/summary.json: achievement rates in percent, and how data and training went."""
     names = ("benchmark", "statistics", "filter", "sft", "distill", "rl")
-    benchmark, statistics, filtered, sft, distill, rl = map(read, names)
+    benchmark, statistics, filtered, sft, distill, rl = map(read_metrics, names)
     summary: dict = {"meaningless": True} if statistics["toy"] else {}
     summary |= {
         "kept_decisions": filtered["decisions"]["kept"],
@@ -28,10 +27,6 @@ def main() -> None:
     }
     write_metrics("summary", summary)
     print("summary: " + ", ".join(f"{name} {rate:.1f}%" for name, rate in summary["achievement_rate"].items()))
-
-
-def read(name: str) -> dict:
-    return json.loads(Path(f"metrics/{name}.json").read_text())
 
 
 def rounded(value: float | None, digits: int) -> float | None:

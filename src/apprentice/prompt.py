@@ -122,6 +122,11 @@ def said(message: dict) -> str:
     return _spoken(_words(message.get("content"))) if isinstance(message, dict) else ""
 
 
+def said_beside_calls(message: dict) -> str:
+    """The same without the calls that stand in it as text."""
+    return _BLOCK.sub("", said(message)).strip()
+
+
 def _words(content: object, depth: int = 4) -> str:
     """The text of a content in any of the forms that endpoints give it: a text, a part, a list of either."""
     if isinstance(content, str):

@@ -58,8 +58,7 @@ def run(main: Callable[..., None], timed: bool = True) -> None:
 
 def _no_longer_live(stage: str) -> None:
     """A stage that has ended, however that came about, has nothing more in metrics/live.json."""
-    live = Path(f"metrics/{LIVE}.json")
-    if live.exists() and json.loads(live.read_text()).get("stage") == stage:
+    if Path(f"metrics/{LIVE}.json").exists() and read_metrics(LIVE).get("stage") == stage:
         write_metrics(LIVE, {})
 
 
@@ -137,6 +136,11 @@ def _processor() -> str:
     except OSError:
         found = None
     return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+def read_metrics(name: str) -> dict:
+    """What metrics/<name>.json has. Raises FileNotFoundError."""
+    return json.loads(Path(f"metrics/{name}.json").read_text())
 
 
 def write_metrics(name: str, values: dict) -> None:

@@ -236,6 +236,11 @@ def columns(path: Path, names: list[str]) -> Iterator[dict]:
         yield from batch.to_pylist()
 
 
+def rows(path: Path, **values: int | str) -> list[dict]:
+    """The decisions of a file that have these values in their columns, pictures and all."""
+    return pq.read_table(path, filters=[(name, "==", value) for name, value in values.items()]).to_pylist()
+
+
 def totals(path: Path) -> dict[str, int]:
     """What a file of played episodes holds: episodes, decisions, tokens, and more, without reading the pictures."""
     names = ["episode_id", "prompt_tokens", "completion_tokens", "executed", "invalid", "unlocked"]
@@ -247,7 +252,7 @@ def totals(path: Path) -> dict[str, int]:
         found["completion_tokens"] += row["completion_tokens"]
         found["steps"] += len(row["executed"])
         found["invalid"] += bool(row["invalid"])
-        found["unlocked"] += len(row["unlocked"] or ())
+        found["unlocked"] += len(row["unlocked"])
     return {"episodes": len(episodes), **found}
 
 

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import os
 import shutil
 import sys
 import time
@@ -14,6 +13,7 @@ import typer
 from apprentice import params
 from apprentice.cli import agents
 from apprentice.errors import ConfigError
+from apprentice.workers import cores
 
 if TYPE_CHECKING:
     from apprentice.cli.watch import Moment
@@ -159,15 +159,14 @@ def _recorded(agent: str) -> "Episode":
     path = Path(f"data/benchmark/{agent}.parquet")
     if not path.exists():
         raise ConfigError(f"there is no {path}: dvc repro plays the benchmark, or dvc pull brings it")
-    seed = table.best(agent)
-    return next(episode for episode in store.read(path) if episode.seed == seed)
+    return store.from_rows(store.rows(path, seed=table.best(agent)))
 
 
 def _loading(agent: str, settings: params.Params | None) -> str:
     """What is to come, before it takes some seconds."""
     if settings and agent in agents.students(settings):
         folders = dict.fromkeys([agents.BASE, agents.students(settings)[agent]])
-        return f"loading {' and '.join(folders)} on {os.cpu_count()} cores, a few seconds for the tiny student …"
+        return f"loading {' and '.join(folders)} on {cores()} cores, a few seconds for the tiny student …"
     if settings and agent in agents.models(settings):
         model, _ = agents.models(settings)[agent]
         assert model.endpoint is not None

@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 
 from apprentice import params
-from apprentice.errors import ConfigError, WorkError
+from apprentice.cli.results import made
+from apprentice.errors import ConfigError
 
 
 def report(
@@ -39,10 +40,8 @@ def report(
 
     from apprentice.results import report as drawn
 
-    try:
+    with made():
         data = drawn.gather(settings, seeds)
-    except FileNotFoundError as error:
-        raise WorkError(f"there is no {error.filename} yet: run dvc repro first") from None
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(drawn.page(data))
     shown = [world["seed"] for world in data["replays"]["worlds"]]
@@ -58,8 +57,6 @@ def _figure(out: Path, worlds: str) -> None:
         raise ConfigError("--worlds is for replays, which a figure has not; leave it out, or --out report.html")
     from apprentice.results import figure
 
-    try:
+    with made():
         figure.draw(out)
-    except FileNotFoundError as error:
-        raise WorkError(f"there is no {error.filename} yet: run dvc repro first") from None
     print(f"written: {out}")

@@ -40,7 +40,6 @@ def film(
         if name not in benchmark.names:
             raise ConfigError(f"the benchmark has no agent {name!r}; it has {', '.join(benchmark.names)}")
 
-    from apprentice import store
     from apprentice.cli import watch
     from apprentice.cli.film import write_side_by_side
 
@@ -49,8 +48,10 @@ def film(
         if not path.exists():
             raise WorkError(f"there is no {path} yet: run dvc repro first")
     if seed is None:
-        ranked = sorted((count, seed) for seed, count in store.outcomes(files[-1]))
-        seed = ranked[len(ranked) // 2][1]
+        from apprentice.results.report import ranked
+
+        seeds = ranked(files[-1])
+        seed = seeds[len(seeds) // 2]
     played = [_episode(path, seed) for path in files]
 
     def moments(episode: "Episode") -> Iterator[watch.Moment]:
@@ -61,12 +62,9 @@ def film(
         print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, {', '.join(names)} on world {seed}")
 
 
-def _episode(path: Path, seed: int | None) -> "Episode":
-    import pyarrow.compute as pc
-    import pyarrow.parquet as pq
-
+def _episode(path: Path, seed: int) -> "Episode":
     from apprentice import store
 
-    if rows := pq.read_table(path, filters=pc.field("seed") == seed).to_pylist():
+    if rows := store.rows(path, seed=seed):
         return store.from_rows(rows)
     raise ConfigError(f"--seed {seed}: {path.stem} has not played this world; choose from benchmark.seeds")

@@ -317,14 +317,10 @@ def _summary(episodes: list[dict]) -> dict:
 
 
 def _read(files: dict[str, Path], name: str):
-    import pyarrow.compute as pc
-    import pyarrow.parquet as pq
-
     from apprentice import store
 
     for path in files.values():
-        rows = pq.read_table(path, filters=pc.field("episode_id") == name).to_pylist()
-        if rows:
+        if rows := store.rows(path, episode_id=name):
             return store.from_rows(rows)
     raise WorkError(
         f"there is no episode {name!r} in {', '.join(map(str, files.values()))}; see apprentice traces list"

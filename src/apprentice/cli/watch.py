@@ -3,7 +3,6 @@
 The world is deterministic: whoever looks on plays the same actions in a world of their own.
 """
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -82,11 +81,6 @@ class Spectator:
         )
 
 
-def _words(message: dict) -> str:
-    """What a player says beside its calls, which the caption tells of."""
-    return re.sub(r"<tool_call>.*?(</tool_call>|$)", "", prompt.said(message), flags=re.DOTALL).strip()
-
-
 _HANDS = {
     "tree": "chops the tree", "water": "drinks", "grass": "searches the grass for a sapling", "stone": "mines stone",
     "coal": "mines coal", "iron": "mines iron", "diamond": "mines a diamond", "zombie": "hits the zombie",
@@ -137,7 +131,7 @@ class _WatchedPlayer:
         reply = await self.player.reply(turn)
         parsed = prompt.parse(reply.message, turn.settings.max_actions)
         for action in parsed.actions or ("noop",):
-            moment = self.spectator.see(action, _words(reply.message), parsed.invalid)
+            moment = self.spectator.see(action, prompt.said_beside_calls(reply.message), parsed.invalid)
             self.show(moment)
             if moment.done:
                 break
@@ -153,4 +147,4 @@ def moments(episode: Episode, size: int, opening: Sequence[str] = ()) -> Iterato
     yield spectator.start()
     for step in episode.steps:
         for action in step.executed:
-            yield spectator.see(action, _words(step.reply.message), step.invalid)
+            yield spectator.see(action, prompt.said_beside_calls(step.reply.message), step.invalid)

@@ -1,9 +1,9 @@
 """The benchmark's achievement rates with their intervals as one picture, for a README or a paper."""
 
-import json
 from pathlib import Path
 
 from apprentice.files import replacing
+from apprentice.stage import read_metrics
 
 _GREY, _BLUE = "#808080", "#4a86d0"
 """Both can be read on white and on black."""
@@ -17,7 +17,7 @@ def draw(path: Path) -> None:
     matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "results", "font.family": "sans-serif"}
     from matplotlib import pyplot
 
-    scores = json.loads(Path("metrics/benchmark.json").read_text())
+    scores = read_metrics("benchmark")
     rates = [100 * row["achievement_rate"] for row in scores.values()]
     bounds = [[100 * bound for bound in row["achievement_rate_ci95"]] for row in scores.values()]
     figure, axes = pyplot.subplots(figsize=(7.2, 0.8 + 0.34 * len(scores)), layout="constrained")

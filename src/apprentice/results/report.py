@@ -15,12 +15,12 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from ruamel.yaml import YAML
 
 from apprentice import prompt, store
 from apprentice.params import Params, Prompt
+from apprentice.stage import read_metrics
 from apprentice.world import png
 from apprentice.world.observation import ACHIEVEMENTS, ACTIONS, SIZE, VITALS, constants
 
@@ -59,7 +59,7 @@ def gather(settings: Params, worlds: tuple[int, ...] = ()) -> dict:
     worlds: seeds of the benchmark to replay; otherwise median, best and worst of the last agent, as many as fit.
     """
     benchmark, profile = settings.benchmark, settings.active
-    statistics, times = _json("statistics"), _times(settings)
+    statistics, times = read_metrics("statistics"), _times(settings)
     return {
         "facts": {
             "protocol": "almost balrog" if settings.departures else benchmark.protocol,
@@ -72,30 +72,32 @@ def gather(settings: Params, worlds: tuple[int, ...] = ()) -> dict:
         },
         "agents": _agents(settings, statistics["intervals"]),
         "achievements": tree(),
-        "differences": _json("differences"),
+        "differences": read_metrics("differences"),
         "warnings": statistics["warnings"],
         "published": YAML(typ="safe").load(Path(__file__).with_name("published.yaml").read_text()),
-        "funnel": _json("filter") | {"split": _json("split")},
+        "funnel": read_metrics("filter") | {"split": read_metrics("split")},
         "curves": {name: curve(Path(f"metrics/plots/{name}.csv")) for name in CURVES},
         "agreement": _agreement(Path("metrics/plots/agreement.csv")),
-        "costs": _json("cost") | {"distill": _json("distill")},
+        "costs": read_metrics("cost") | {"distill": read_metrics("distill")},
         "times": times,
         "replays": replays(benchmark.names, worlds),
         "sheet": _SHEET,
     }
 
 
-def _json(name: str) -> dict:
-    return json.loads(Path(f"metrics/{name}.json").read_text())
-
-
 def _agents(settings: Params, intervals: dict) -> list[dict]:
     """A row for each agent, in the order of the parameters: who it is, its scores, their intervals, what it took."""
-    scores, kinds = _json("benchmark"), dict.fromkeys(settings.benchmark.students, "student")
+    scores, kinds = read_metrics("benchmark"), dict.fromkeys(settings.benchmark.students, "student")
     for name, agent in settings.benchmark.agents.items():
         kinds[name] = agent.endpoint.model if agent.endpoint else "built in"
     return [
-        {"name": name, "kind": kinds[name], "score": row, "ci95": intervals[name], "play": _json(f"benchmark/{name}")}
+        {
+            "name": name,
+            "kind": kinds[name],
+            "score": row,
+            "ci95": intervals[name],
+            "play": read_metrics(f"benchmark/{name}"),
+        }
         for name, row in scores.items()
     ]
 
@@ -161,7 +163,7 @@ def _times(settings: Params) -> list[dict]:
     names += ["filter", "split", "student", "sft", "agreement", "distill", "rl"]
     names += [f"benchmark-{name}" for name in settings.benchmark.agents]
     names += [*(f"benchmark_student-{name}" for name in settings.benchmark.students), "score"]
-    return [{"stage": name} | _json(f"times/{name}") for name in names]
+    return [{"stage": name} | read_metrics(f"times/{name}") for name in names]
 
 
 def ran(times: list[dict]) -> dict | None:
@@ -276,16 +278,21 @@ def sheet(pictures: list[bytes]) -> bytes:
     return png.encode(np.concatenate([png.decode(data) for data in pictures]), 9)
 
 
+def ranked(path: Path) -> list[int]:
+    """The seeds of a file of the benchmark, by the achievements unlocked there: the most come last."""
+    return [seed for _, seed in sorted((count, seed) for seed, count in store.outcomes(path) if seed is not None)]
+
+
 def replays(agents: tuple[str, ...], worlds: tuple[int, ...] = ()) -> dict:
     """Episodes to watch: for each chosen world every agent's, and of RL's first and last iteration two to compare."""
     found, files = _Replays(), {name: Path(f"data/benchmark/{name}.parquet") for name in agents}
-    ranked = sorted((count, seed) for seed, count in store.outcomes(files[agents[-1]]))
-    median, best, worst = (ranked[place][1] for place in (len(ranked) // 2, -1, 0))
+    worlds_by_outcome = ranked(files[agents[-1]])
+    median, best, worst = (worlds_by_outcome[place] for place in (len(worlds_by_outcome) // 2, -1, 0))
     labels = {best: f"the best of {agents[-1]}", worst: f"the worst of {agents[-1]}"}
     labels[median] = f"the median of {agents[-1]}"
 
     def add(seed: int, most: int = _DECISIONS) -> bool:
-        episodes = [({"agent": name}, _rows(file, seed)) for name, file in files.items()]
+        episodes = [({"agent": name}, store.rows(file, seed=seed)) for name, file in files.items()]
         return found.add({"seed": seed, "label": labels.get(seed, "")}, [one for one in episodes if one[1]], most)
 
     first, *others = dict.fromkeys(worlds or (median, best, worst))
@@ -298,10 +305,6 @@ def replays(agents: tuple[str, ...], worlds: tuple[int, ...] = ()) -> dict:
     for seed in others:
         add(seed, most)
     return {"texts": list(found.texts), "sheets": found.sheets, "worlds": found.worlds, "size": SIZE}
-
-
-def _rows(path: Path, seed: int) -> list[dict]:
-    return pq.read_table(path, filters=pc.field("seed") == seed).to_pylist()
 
 
 def _rollouts() -> Iterator[tuple[dict, list[tuple[dict, list[dict]]]]]:

@@ -13,6 +13,7 @@ from apprentice import store
 from apprentice.params import Params
 from apprentice.progress import duration
 from apprentice.results import score
+from apprentice.stage import read_metrics
 
 WIDTH = 80
 PAIRS = ("sft - base", "distill - sft", "rl - distill")
@@ -23,11 +24,11 @@ _PLAYED = ["seed", "step", "unlocked", "reward", "executed", "invalid"]
 def show(settings: Params) -> None:
     """Print it all, of what is in metrics/ and data/benchmark. Raises FileNotFoundError for what has not been made."""
     console = Console(width=WIDTH, highlight=False)
-    scores, statistics = _json("benchmark"), _json("statistics")
+    scores, statistics = read_metrics("benchmark"), read_metrics("statistics")
     console.print(agents(scores, before := committed()))
     if before:
         console.print("as committed: metrics/summary.json in git's HEAD, of which README's table is\n")
-    for line in compared(_json("differences")):
+    for line in compared(read_metrics("differences")):
         console.print(line, markup=False)
     first, others = statistics["warnings"][:_NOTES], statistics["warnings"][_NOTES:]
     for warning in first:
@@ -126,7 +127,3 @@ def following(settings: Params) -> list[tuple[str, str]]:
         )
     )
     return commands
-
-
-def _json(name: str) -> dict:
-    return json.loads(Path(f"metrics/{name}.json").read_text())

@@ -289,7 +289,7 @@ class Practice:
             with Ledger(ledger_name) as ledger:
                 self._write(number, share, read(ledger, spec), spec)
         devices.wait()
-        seen = json.loads(self.rows(number).with_name("round.json").read_text())
+        seen = self.rounds()[number]
         self.live.end(
             "play",
             f"round {number + 1} of {distill.rounds}, {seen['achievements']:.1f} achievements, {seen['rows']} labels, "
