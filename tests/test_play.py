@@ -428,7 +428,8 @@ def test_a_digest_changes_with_a_files_name_place_or_content(tmp_path):
     assert len({base, *others}) == 6
 
 
-def test_only_what_is_missing_is_played_and_more_seeds_only_add(tmp_path, capfd):
+def test_only_what_is_missing_is_played_and_more_seeds_only_add(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr("apprentice.progress.EVERY", 600)  # on a busy machine it would say how far it is, too
     folder = tmp_path / "begun"
     folder.mkdir()
 
