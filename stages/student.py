@@ -5,14 +5,20 @@
 To this pipeline the tiny student is what a hub model is: it sees, it answers in form, it cannot play.
 """
 
+import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))  # this checkout's, whatever is installed
 
 from apprentice import params
 from apprentice.files import replacing
 from apprentice.stage import run, write_metrics
+
+if TYPE_CHECKING:
+    from apprentice.training.pretraining import Frame
 
 BASE = Path("models/base")
 
@@ -36,10 +42,9 @@ def hub(settings: params.Params, folder: Path) -> dict:
 
 
 def tiny(settings: params.Params, folder: Path) -> dict:
-    from apprentice.progress import Progress, counted
-    from apprentice.student.loading import use_all_cores
-    from apprentice.student.tiny import build, tokenizer
-    from apprentice.training import pretraining
+    from apprentice.progress import counted
+    from apprentice.student import loading
+    from apprentice.training import devices, pretraining
     from apprentice.workers import in_processes
 
     student, shown_with = settings.active.student, settings.active.prompt
@@ -51,22 +56,46 @@ def tiny(settings: params.Params, folder: Path) -> dict:
     held_out = [frame for seed in options.seeds[:4] for frame in worlds[seed]]
     seen = [frame for seed in options.seeds[4:] for frame in worlds[seed]]
 
-    use_all_cores()
-    tokens = tokenizer(*pretraining.vocabulary(shown_with, seen[:1000]), student.architecture.vocabulary)
-    model, processor = build(student.architecture, tokens, student.random_seed)
-    with Progress("pretraining", {"step": options.steps}) as progress:
-
-        def tell(step: int, loss: float) -> None:
-            progress.news = f"loss {loss:.3f}"
-            progress.end("step")
-
-        pretraining.pretrain(model, processor, shown_with, seen, options, student.random_seed, tell)
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
+    ranks, _, _ = devices.layout(options.batch_size, options.batch_size, on=())
+    devices.launch(teach, ranks, settings.active, seen, folder, on=())
+    loading.use_all_cores()
+    model, processor = loading.load(folder)
     sight = pretraining.sight(model, processor, shown_with, held_out)
-    metrics = {"parameters": model.num_parameters(), "vocabulary": len(tokens), "frames": len(seen), **sight}
+    sizes = {"parameters": model.num_parameters(), "vocabulary": len(processor.tokenizer), "frames": len(seen)}
+    metrics = sizes | sight
     write_card(folder, student, shown_with, metrics, sight)
     return metrics
+
+
+def teach(profile: params.Profile, seen: "list[Frame]", folder: Path) -> None:
+    """What each rank does, on the processor: build the model, and teach it to see. The first saves it."""
+    from torch import distributed
+
+    from apprentice.progress import Progress
+    from apprentice.student.tiny import build, tokenizer
+    from apprentice.training import pretraining
+
+    student = profile.student
+    assert isinstance(student, params.TinyStudent)
+    options, seed = student.pretraining, student.random_seed
+    if int(os.environ["WORLD_SIZE"]) > 1:
+        distributed.init_process_group("gloo")
+    first = os.environ["RANK"] == "0"
+    tokens = tokenizer(*pretraining.vocabulary(profile.prompt, seen[:1000]), student.architecture.vocabulary)
+    model, processor = build(student.architecture, tokens, seed)
+    with Progress("pretraining", {"step": options.steps}) if first else nullcontext() as progress:
+
+        def tell(step: int, loss: float) -> None:
+            if progress:
+                progress.news = f"loss {loss:.3f}"
+                progress.end("step")
+
+        pretraining.pretrain(model, processor, profile.prompt, seen, options, seed, profile.dtype == "mixed", tell)
+    if first:
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def write_card(

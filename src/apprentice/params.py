@@ -82,6 +82,8 @@ class Prompt(Section):
     """List what is owned, or every item, so that each stands at the same place at every turn."""
     position: bool = False
     """Show (x, y) on the map."""
+    picture: Literal["whole", "world"] = "whole"
+    """The world's 9 × 7 cells with the inventory's two rows below them, or the world alone: 63 visual tokens, not 81."""
     scale: Annotated[int, Field(ge=1, le=16)] = 1
     """The recorded picture (72 pixels) is enlarged by this factor, without smoothing."""
 
@@ -636,8 +638,9 @@ def _kind_of_student(value: Any) -> str:
 class Profile(Section):
     """The student and how it's trained. `extends: OTHER` begins with the values of another profile."""
 
-    dtype: Literal["float32", "bfloat16"]
-    """Of the student's weights, in training and in play."""
+    dtype: Literal["float32", "mixed", "bfloat16"]
+    """Of the student's weights, in training and in play. mixed: float32, with products of weights that a processor with
+    AMX or AVX512-BF16 rounds to bfloat16, for a sixth less time (LOG.md); on others, and on GPUs, it's float32."""
     toy: bool = False
     """Too small to learn anything, for trying the code: wherever results are shown, they are said to mean nothing."""
     prompt: Prompt

@@ -12,7 +12,7 @@ import numpy as np
 from apprentice.episode import Given
 from apprentice.params import Prompt
 from apprentice.world import png
-from apprentice.world.observation import ACTIONS, TILES, VIEW, Observation, constants
+from apprentice.world.observation import ACTIONS, SIZE, TILES, VIEW, Observation, constants
 
 TOOLS: list[dict] = [
     {
@@ -306,9 +306,15 @@ def parse(message: dict, max_actions: int | None = None) -> Parsed:
     return Parsed(tuple(actions))
 
 
+def size(settings: Prompt) -> tuple[int, int]:
+    """Width and height of the picture that the player is shown, in pixels."""
+    height = SIZE * VIEW[1] // VIEW[0] if settings.picture == "world" else SIZE
+    return SIZE * settings.scale, height * settings.scale
+
+
 def picture(observation: Observation, settings: Prompt) -> np.ndarray:
-    """The picture that the player is shown: uint8 (side, side, 3), enlarged without smoothing."""
-    image = observation.image
+    """The picture that the player is shown: uint8 (height, width, 3), enlarged without smoothing."""
+    image = observation.image[: size(settings)[1] // settings.scale]
     if settings.scale > 1:
         image = image.repeat(settings.scale, axis=0).repeat(settings.scale, axis=1)
     return image
@@ -321,7 +327,7 @@ def pictures(observation: Observation, settings: Prompt) -> list[np.ndarray]:
 
 def shown_png(observation: Observation, settings: Prompt) -> bytes:
     """The picture that the player is shown, as PNG."""
-    if settings.scale > 1:
+    if settings.scale > 1 or settings.picture != "whole":
         return png.encode(picture(observation, settings))
     if observation.png is None:
         object.__setattr__(observation, "png", png.encode(observation.image))  # the record needs it once more

@@ -27,6 +27,7 @@ def write(out: Path, shown: Prompt) -> None:
         "history": shown.history,
         "max_actions": shown.max_actions,
         "scale": shown.scale,
+        "size": prompt.size(shown),
         "side": SIZE,
     }
     filled = f"SETTINGS: dict = {pformat(settings, width=110, sort_dicts=False)}"

@@ -107,11 +107,12 @@ class CustomAgent(BaseAgent):
 
 def picture(image):
     """The picture as the student was shown it, a PNG data URL."""
-    side, scale = SETTINGS["side"], SETTINGS["scale"]
+    side, (width, height) = SETTINGS["side"], SETTINGS["size"]
     if image.size != (side, side):
         raise ValueError(f"the picture has {image.size}; run eval.py with envs.crafter_kwargs.size=[{side},{side}]")
     file = io.BytesIO()
-    image.resize((side * scale, side * scale), Image.Resampling.NEAREST).save(file, "PNG")
+    seen = image.crop((0, 0, side, height // SETTINGS["scale"]))
+    seen.resize((width, height), Image.Resampling.NEAREST).save(file, "PNG")
     url = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
     return {"type": "image_url", "image_url": {"url": url}}
 

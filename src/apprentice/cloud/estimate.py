@@ -21,7 +21,7 @@ from apprentice.endpoint import prices
 from apprentice.files import replacing
 from apprentice.params import Agent, Benchmark, Endpoint, Params, Profile, Prompt, Teacher
 from apprentice.workers import cores
-from apprentice.world.observation import SIZE
+from apprentice.world.observation import SIZE, VIEW
 from apprentice.world.world import World
 
 RATES = Path(__file__).with_name("rates.yaml")
@@ -244,8 +244,7 @@ def _decisions(agent: Agent, steps: int) -> int:
 
 def _chat(stage: str, endpoint: Endpoint, shown: Prompt, where: str, most: int, what: str) -> Line:
     """Play of a model behind an endpoint: a request for each decision."""
-    side = SIZE * shown.scale
-    picture = prices.picture_tokens(endpoint.model, side, side) if shown.mode != "text" else 0
+    picture = prices.picture_tokens(endpoint.model, *prompt.size(shown)) if shown.mode != "text" else 0
     return _asked(stage, endpoint, where, most, _text_tokens(shown) + picture, what)
 
 
@@ -314,8 +313,9 @@ def _student(settings: Params, places: compute.Compute, read: int) -> list[Line]
     """The stages in which the student learns or plays; read: decisions of all teachers and imports."""
     profile, benchmark, kept = settings.active, settings.benchmark, rates()["kept"]
     sft, distill, rl, model = profile.sft, profile.distill, profile.rl, profile.student.model
-    side = -(-SIZE * profile.prompt.scale // _VISUAL_TOKEN)
-    picture = 0 if profile.prompt.mode == "text" else 81 if model == "tiny" else side**2
+    token = SIZE // VIEW[0] if model == "tiny" else _VISUAL_TOKEN
+    columns, lines_of_tokens = (-(-side // token) for side in prompt.size(profile.prompt))
+    picture = 0 if profile.prompt.mode == "text" else columns * lines_of_tokens
     each = _text_tokens(profile.prompt) + picture + rates()["text"]["completion_tokens"]
     val_fraction = settings.split.val_fraction
     rows, held_out = (round(read * kept["share"] * part) for part in (1 - val_fraction, val_fraction))

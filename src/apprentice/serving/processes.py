@@ -6,7 +6,7 @@ from pathlib import Path
 from apprentice import gpus
 from apprentice.workers import cores
 
-_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_BYTES = {"float32": 4, "mixed": 4, "bfloat16": 2, "float16": 2}
 _SPARE = 1.25
 """How much more memory than its weights a model takes on the processor: an adapter that is merged, activations."""
 _PROGRAM = 0.5e9

@@ -218,7 +218,7 @@ def command(settings: Vllm, base: Path, url: str, dtype: str, rank: int, on_gpu:
     """How a server is started. rank: the adapters' highest. sleeps: it takes turns with a trainer."""
     host, port = url.removeprefix("http://").split(":")
     flags = {
-        **{"--host": host, "--port": port, "--served-model-name": "base", "--dtype": dtype},
+        **{"--host": host, "--port": port, "--served-model-name": "base", "--dtype": dtype.replace("mixed", "float32")},
         "--max-model-len": settings.max_model_len,
         "--limit-mm-per-prompt": json.dumps({"image": 1, "video": 0}),
         "--tool-call-parser": "hermes",

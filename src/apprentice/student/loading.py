@@ -43,7 +43,7 @@ def load(
     quantization: hold the linear layers' weights in 4 bits, for QLoRA: the decoder's, not those of the tower, which is
     small and has to see exactly, nor of the head.
     """
-    how: dict[str, Any] = {"dtype": getattr(torch, dtype)}
+    how: dict[str, Any] = {"dtype": torch.float32 if dtype == "mixed" else getattr(torch, dtype)}
     if quantization:
         how["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
@@ -58,7 +58,7 @@ def load(
         how["device_map"] = {"": torch.cuda.current_device()}
     model: PreTrainedModel | PeftModel = AutoModelForImageTextToText.from_pretrained(folder, **how)
     if not gpus.used():
-        use_products(model)
+        use_products(model, rounded=dtype == "mixed")
     if adapter:
         model = fold(PeftModel.from_pretrained(model, adapter, is_trainable=trainable))
         # The adapter may name a model of the hub; PEFT would ask there for its vocabulary whenever it saves.

@@ -1,9 +1,14 @@
 """Products with weights on a CPU, by oneDNN.
 
 PyTorch's own in float32 are MKL's, which takes twice as long on AMD's processors (LOG.md). Both come with PyTorch.
+
+With `dtype: mixed`, numbers are rounded to bfloat16 for a product and summed in float32, where the processor is faster
+at that. Attention stays as it is: in products as small as its own, rounding takes longer than it saves.
 """
 
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import MethodType
 
 import torch
@@ -14,12 +19,19 @@ _HERE = (
     and torch.backends.mkldnn.is_available()
     and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 )
+_FASTER = torch.cpu._is_avx512_bf16_supported()
+"""bfloat16 than float32: AVX512-BF16, and AMX, which comes with it."""
 _FEW = 64
 """Rows below which the call itself takes longer than what it saves."""
 
 
-def use_products(model: torch.nn.Module) -> None:
-    """Let all linear layers of a model compute with `product`."""
+_rounded = False
+
+
+def use_products(model: torch.nn.Module, rounded: bool = False) -> None:
+    """Let all linear layers of a model compute with `product`. rounded: `product` rounds, in all of this process."""
+    global _rounded
+    _rounded = rounded and _FASTER
     for module in model.modules():
         if type(module) is torch.nn.Linear:
             module.forward = MethodType(_forward, module)
@@ -37,8 +49,22 @@ def _forward(layer: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
     return product(x, layer.weight, layer.bias)
 
 
+@contextmanager
+def _rounding() -> Iterator[None]:
+    if not _rounded:
+        yield
+        return
+    how = torch.backends.mkldnn.matmul
+    before, how.fp32_precision = how.fp32_precision, "bf16"
+    try:
+        yield
+    finally:
+        how.fp32_precision = before
+
+
 def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    with _rounding():
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 class _Product(torch.autograd.Function):
@@ -51,8 +77,10 @@ class _Product(torch.autograd.Function):
     def backward(ctx, gradient):
         (x, weight), (of_x, of_weight, of_bias) = ctx.saved_tensors, ctx.needs_input_grad
         rows = gradient.reshape(-1, gradient.shape[-1])
+        with _rounding():
+            of_weights = rows.t() @ x.reshape(-1, x.shape[-1]) if of_weight else None
         return (
             _product(gradient, weight.t(), None) if of_x else None,
-            rows.t() @ x.reshape(-1, x.shape[-1]) if of_weight else None,
+            of_weights,
             rows.sum(dim=0) if of_bias else None,
         )

@@ -17,7 +17,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from apprentice.params import Architecture
 from apprentice.student.template import TEMPLATE
-from apprentice.world.observation import SIZE
+from apprentice.world.observation import SIZE, VIEW
 
 _SPECIAL = [f"<|{name}|>" for name in (
     "endoftext", "im_start", "im_end", "object_ref_start", "object_ref_end", "box_start", "box_end", "quad_start",
@@ -68,8 +68,8 @@ def build(
     architecture: Architecture, tokens: PreTrainedTokenizerFast, seed: int
 ) -> tuple[Qwen3VLForConditionalGeneration, Qwen3VLProcessor]:
     """A real Qwen3-VL with random weights, one visual token for each game tile. Returns (model, processor)."""
-    side = {"shortest_edge": SIZE * SIZE, "longest_edge": SIZE * SIZE}
-    patch: dict[str, Any] = {"size": side, "patch_size": _PIXELS_PER_TILE, "temporal_patch_size": 2, "merge_size": 1}
+    pixels = {"shortest_edge": SIZE * SIZE * VIEW[1] // VIEW[0], "longest_edge": SIZE * SIZE}  # areas, of both pictures
+    patch: dict[str, Any] = {"size": pixels, "patch_size": _PIXELS_PER_TILE, "temporal_patch_size": 2, "merge_size": 1}
     processor = Qwen3VLProcessor(
         image_processor=Qwen2VLImageProcessorPil(image_mean=[0.5] * 3, image_std=[0.5] * 3, **patch),
         tokenizer=tokens,

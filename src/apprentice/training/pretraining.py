@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
+from torch import distributed
 from transformers import PreTrainedTokenizerFast, Qwen3VLForConditionalGeneration, Qwen3VLProcessor
 
 from apprentice import prompt
@@ -79,26 +80,33 @@ def pretrain(
     seen: list[Frame],
     options: Pretraining,
     seed: int,
+    rounded: bool = False,
     progress: Callable[[int, float], None] = lambda step, loss: None,
 ) -> None:
     """Train all weights to see, and to answer a turn of play in form: with a random valid action.
 
     At each visual token the model learns to say what that cell of the picture shows: the tile, or how many of an item.
     After the picture it learns to go on with the status and the reply. Naming the cells in a text after the picture
-    instead had not begun to work after 400 steps; this takes 100 (LOG.md).
-    progress: called with the step and its loss.
+    instead had not begun to work after 400 steps; this takes 100 (LOG.md). Each rank takes its share of every batch.
+    rounded: as onednn.use_products has it. progress: called with the step and the loss of this rank's share.
     """
     generator = np.random.default_rng([seed, 4])
-    use_products(model)
+    rank, ranks = (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
+    use_products(model, rounded)
     optimizer = torch.optim.AdamW(model.parameters(), options.learning_rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, options.learning_rate, total_steps=options.steps + 1, pct_start=0.1
     )
     model.train()
     for step in range(options.steps):
-        chosen = [seen[index] for index in generator.integers(len(seen), size=options.batch_size)]
-        loss = model(**_lesson(processor, settings, chosen, generator)).loss
-        loss.backward()
+        chosen = generator.integers(len(seen), size=options.batch_size)[rank::ranks]
+        replies = generator.integers(len(ACTIONS), size=options.batch_size)[rank::ranks]
+        lesson = _lesson(processor, settings, [seen[index] for index in chosen], replies)
+        loss = model(**lesson).loss
+        if ranks == 1:
+            loss.backward()
+        else:
+            _backward(model, loss, lesson["labels"])
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
@@ -107,37 +115,51 @@ def pretrain(
     model.eval()
 
 
+def _backward(model: Qwen3VLForConditionalGeneration, loss: torch.Tensor, labels: torch.Tensor) -> None:
+    """Gradients of the mean over all ranks' labels. loss: the mean over this rank's."""
+    mine = (labels[:, 1:] != -100).sum()
+    distributed.all_reduce(total := mine.clone())
+    (loss * mine / total).backward()
+    gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
+    distributed.all_reduce(together := torch.cat([gradient.flatten() for gradient in gradients]))
+    for gradient, summed in zip(gradients, together.split([gradient.numel() for gradient in gradients]), strict=True):
+        gradient.copy_(summed.view_as(gradient))
+
+
 @torch.inference_mode()
 def sight(
     model: Qwen3VLForConditionalGeneration, processor: Qwen3VLProcessor, settings: Prompt, held_out: list[Frame]
 ) -> dict[str, float]:
     """How well a model sees, on frames it was not trained on: shares of cells that it names rightly.
 
-    `tiles`: the 63 of the world; `tiles_other_than_grass`; `inventory`: the 16 of vitals and items.
+    `tiles`: the 63 of the world; `tiles_other_than_grass`; `inventory`: the 16 of vitals and items, where they're shown.
     """
-    inputs = _lesson(processor, settings, held_out, np.random.default_rng(0))
+    inputs = _lesson(processor, settings, held_out, np.random.default_rng(0).integers(len(ACTIONS), size=len(held_out)))
     labels = inputs.pop("labels")[:, 1:]
     right = model(**inputs).logits[:, :-1].argmax(dim=-1) == labels
-    shape = (len(held_out), VIEW[0] * (VIEW[1] + 2))
+    whole = settings.picture == "whole"
+    shape = (len(held_out), VIEW[0] * (VIEW[1] + 2 * whole))
     at_picture = (inputs["input_ids"] == processor.image_token_id)[:, :-1]
     right, labels = right[at_picture].view(shape), labels[at_picture].view(shape)
     tiles, cells = right[:, : VIEW[0] * VIEW[1]], labels[:, : VIEW[0] * VIEW[1]]
     grass = _word(processor, "grass")
-    return {
+    found = {
         "tiles": tiles.float().mean().item(),
         "tiles_other_than_grass": tiles[cells != grass].float().mean().item(),
-        "inventory": right[:, VIEW[0] * VIEW[1] :][:, : len(VITALS + ITEMS)].float().mean().item(),
     }
+    if whole:
+        found["inventory"] = right[:, VIEW[0] * VIEW[1] :][:, : len(VITALS + ITEMS)].float().mean().item()
+    return found
 
 
-def _lesson(processor: Qwen3VLProcessor, settings: Prompt, chosen: list[Frame], generator: np.random.Generator) -> dict:
-    """Model inputs and labels for these frames, each a turn of play with any valid action as the reply."""
+def _lesson(processor: Qwen3VLProcessor, settings: Prompt, chosen: list[Frame], replies: np.ndarray) -> dict:
+    """Model inputs and labels for these frames, each a turn of play. replies: to each, an index into ACTIONS."""
     chats = [
         [
             *prompt.messages(frame.observation, settings, frame.history, inline=False),
-            prompt.answer([ACTIONS[generator.integers(len(ACTIONS))]]),
+            prompt.answer([ACTIONS[reply]]),
         ]
-        for frame in chosen
+        for frame, reply in zip(chosen, replies, strict=True)
     ]
     pictures = [prompt.pictures(frame.observation, settings) for frame in chosen]
     inputs = batch(processor, encode_all(processor, chats, pictures))
@@ -149,16 +171,17 @@ def _lesson(processor: Qwen3VLProcessor, settings: Prompt, chosen: list[Frame], 
     labels = ids.masked_fill(~after, -100)
     # The label of a place is what the token before it should say.
     at_picture = (ids == processor.image_token_id).roll(1, dims=1)
-    labels[at_picture] = torch.tensor([word for frame in chosen for word in _cells(processor, frame.observation)])
+    labels[at_picture] = torch.tensor([word for frame in chosen for word in _cells(processor, settings, frame.observation)])
     return inputs | {"labels": labels}
 
 
-def _cells(processor: Qwen3VLProcessor, observation: Observation) -> list[int]:
-    """The word for each of the 9 × 9 cells of the picture: tiles above, counts of vitals and items below."""
-    counts = [*observation.vitals.values(), *observation.inventory.values()]
-    counts += [0] * (2 * VIEW[0] - len(counts))
-    names = prompt.grid(observation).split()
-    return [_word(processor, word) for word in [*names, *map(str, counts)]]
+def _cells(processor: Qwen3VLProcessor, settings: Prompt, observation: Observation) -> list[int]:
+    """The word for each cell of the picture: tiles above, counts of vitals and items below, where they're shown."""
+    words = prompt.grid(observation).split()
+    if settings.picture == "whole":
+        counts = [*observation.vitals.values(), *observation.inventory.values()]
+        words += map(str, counts + [0] * (2 * VIEW[0] - len(counts)))
+    return [_word(processor, word) for word in words]
 
 
 @cache
