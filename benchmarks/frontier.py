@@ -1,7 +1,7 @@
 """How much is learnt in how much time: the whole pipeline with other training seeds, and with other settings.
 
     python benchmarks/frontier.py                                    # params.yaml as it is, training seeds 0, 1, 2
-    python benchmarks/frontier.py --name short --seeds 0 1 profiles.tiny.rl.iterations=8
+    python benchmarks/frontier.py --name short --seeds 0 1 -S profiles.tiny.rl.iterations=8
     python benchmarks/frontier.py --name before --checkout FOLDER    # of another commit, on the same machine
 
 Each run is `dvc repro` in a clone of the checkout's commit, with a cache of its own, under tmp/frontier. What is
@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--name", default="as it is", help="of these settings, in the table")
     parser.add_argument("--checkout", type=Path, default=ROOT, help="whose code and settings are run")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="training seeds")
-    parser.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="as `dvc exp run -S` takes them")
+    parser.add_argument("-S", dest="settings", action="append", default=[], metavar="KEY=VALUE", help="as DVC's own -S")
     asked = parser.parse_args()
     for seed in asked.seeds:
         run(WORK / f"{asked.name}-{seed}".replace(" ", "_"), asked.checkout, seed, asked.settings, asked.name)
