@@ -345,6 +345,15 @@ def test_the_picture_shown_is_the_observations_enlarged_exactly(observation, sca
             np.testing.assert_array_equal(shown[dy::scale, dx::scale], observation.image)
 
 
+@pytest.mark.parametrize("scale", [1, 4])
+def test_the_world_alone_is_the_pictures_upper_seven_rows_of_cells(observation, scale):
+    settings = Prompt(picture="world", scale=scale)
+    data = prompt.messages(observation, settings)[1]["content"][0]["image_url"]["url"].split(",")[1]
+    shown = png.decode(base64.b64decode(data))
+    assert shown.shape == (56 * scale, 72 * scale, 3) == (*prompt.size(settings)[::-1], 3)
+    np.testing.assert_array_equal(shown[::scale, ::scale], observation.image[:56])
+
+
 def test_a_message_with_an_empty_place_says_the_same_words(observation):
     shown, empty = (prompt.messages(observation, Prompt(), inline=inline)[1]["content"] for inline in (True, False))
     assert empty[0] == {"type": "image"}

@@ -83,7 +83,7 @@ class Prompt(Section):
     position: bool = False
     """Show (x, y) on the map."""
     picture: Literal["whole", "world"] = "whole"
-    """The world's 9 × 7 cells with the inventory's two rows below them, or the world alone: 63 visual tokens, not 81."""
+    """The world's 9 × 7 cells with two rows of inventory below, or the world alone: 63 cells instead of 81."""
     scale: Annotated[int, Field(ge=1, le=16)] = 1
     """The recorded picture (72 pixels) is enlarged by this factor, without smoothing."""
 

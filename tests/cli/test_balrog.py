@@ -1,11 +1,14 @@
 """The agent of `apprentice export balrog` shows the student what it sees here; on_balrog.py has the real evaluator."""
 
+import base64
 import importlib.util
+import io
 import json
 import sys
 from collections import namedtuple
 from types import ModuleType, SimpleNamespace
 
+import numpy as np
 import pytest
 from command_line import run, write_params
 from PIL import Image
@@ -66,7 +69,9 @@ def as_balrog_says(seen) -> dict:
 
 
 @pytest.mark.parametrize(
-    "shown", [Prompt(rules=False, history=8), Prompt(inventory="all", scale=2)], ids=["tiny", "all"]
+    "shown",
+    [Prompt(rules=False, history=8, picture="world"), Prompt(inventory="all", scale=2)],
+    ids=["tiny", "all"],
 )
 def test_it_shows_what_the_pipeline_shows_and_plays_what_is_asked(agent, monkeypatch, shown):
     custom = agent(shown)
@@ -92,6 +97,8 @@ def test_it_shows_what_the_pipeline_shows_and_plays_what_is_asked(agent, monkeyp
         [_, said] = prompt.messages(seen, shown, tuple(history))
         words = said["content"][1]["text"].replace("ripe-plant", "sapling")
         assert asked[-1]["messages"][1]["content"][1]["text"] == words, f"step {step.step}"
+        data = asked[-1]["messages"][1]["content"][0]["image_url"]["url"].split(",")[1]
+        assert (np.array(Image.open(io.BytesIO(base64.b64decode(data)))) == prompt.picture(seen, shown)).all()
         history.append(action)
         seen = world.step(action).observation
     assert asked[0]["messages"][0]["content"] == prompt.system(shown) and asked[0]["tools"] == prompt.TOOLS

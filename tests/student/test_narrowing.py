@@ -14,6 +14,7 @@ from apprentice.data.chat_rows import row
 from apprentice.play import Spec, play
 from apprentice.players.scripted import Scripted
 from apprentice.serving import in_process
+from apprentice.student import onednn
 from apprentice.student.encoding import batch, encode, encode_all
 from apprentice.student.narrowing import narrow
 from apprentice.student.onednn import product
@@ -124,3 +125,27 @@ def test_products_and_their_gradients_are_those_of_linear(shape, biased):
         torch.testing.assert_close(product(x, weight, bias), torch.nn.functional.linear(x, weight, bias))
     half = x.bfloat16()
     assert product(half, weight.bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("faster", [True, False])
+def test_products_are_rounded_where_asked_for_and_where_that_is_faster(monkeypatch, faster):
+    if faster and not onednn._FASTER:
+        pytest.skip("this processor multiplies bfloat16 no faster")
+    monkeypatch.setattr(onednn, "_FASTER", faster)
+    generator = torch.Generator().manual_seed(0)
+    layer = torch.nn.Linear(48, 96)
+    x = torch.randn(300, 48, generator=generator)
+    found = []
+    for rounded in (False, True, False):
+        onednn.use_products(layer, rounded)
+        layer.zero_grad()
+        given = x.clone().requires_grad_()
+        result = layer(given)
+        result.square().sum().backward()
+        assert result.dtype == torch.float32
+        found.append([result.detach(), given.grad, layer.weight.grad.clone()])
+        assert torch.backends.mkldnn.matmul.fp32_precision != "bf16"  # attention is not rounded
+    for exact, rounded, again in zip(*found, strict=True):
+        assert torch.equal(exact, again)
+        off = ((rounded - exact).norm() / exact.norm()).item()
+        assert 1e-4 < off < 1e-2 if faster else off == 0

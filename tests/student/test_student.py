@@ -239,6 +239,17 @@ def test_a_few_steps_of_pretraining_teach_the_student_to_see():
         assert len(processor.tokenizer(f" {action}")["input_ids"]) <= 2
 
 
+def test_the_world_alone_is_63_visual_tokens_and_sight_is_of_them():
+    shown = Prompt(mode="image", rules=False, picture="world")
+    seen = pretraining.frames(100_000, 4)[1]
+    model, processor = build(Architecture(), tokenizer(*pretraining.vocabulary(shown, seen), 512), 0)
+    lesson = pretraining._lesson(processor, shown, seen, np.zeros(len(seen), int))
+    assert (lesson["input_ids"] == processor.image_token_id).sum(dim=1).tolist() == [63] * len(seen)
+    said = lesson["labels"][0][(lesson["input_ids"][0] == processor.image_token_id).roll(1)]
+    assert processor.tokenizer.decode(said).split() == prompt.grid(seen[0].observation).split()
+    assert set(pretraining.sight(model, processor, shown, seen)) == {"tiles", "tiles_other_than_grass"}
+
+
 def test_folded_lora_is_the_same_function_with_the_same_gradients():
     torch.manual_seed(0)
     layer = torch.nn.Sequential(torch.nn.Linear(6, 5))

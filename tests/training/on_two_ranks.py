@@ -12,8 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
+from small import checkout
 from test_distill import WEIGHTS, distilled, taught
-from test_rl import adapted, run_and_last_adapter
+from test_rl import adapted, on_cores, run_and_last_adapter
 
 __all__ = ["adapted", "taught"]  # fixtures
 pytestmark = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core is one rank")
@@ -53,6 +54,22 @@ def test_two_ranks_learn_what_one_learns(taught, tmp_path):
     assert "labelled by" in card and "| expert | expert |" in card and str(tmp_path) not in card
     (checkpoint,) = one.glob("cache/distill/*/checkpoint-8")
     assert "rounds/1/rows.jsonl" in (checkpoint / "whole.json").read_text()
+
+
+def test_two_ranks_teach_a_base_to_see_as_one_does(tmp_path):
+    of_student = {"pretraining.seeds": "100000-100007", "pretraining.frames_per_seed": 10, "pretraining.steps": 5}
+    changes = {f"profiles.tiny.student.{name}": value for name, value in of_student.items()} | {
+        "profiles.tiny.student.pretraining.batch_size": 16,
+        "profiles.tiny.dtype": "float32",
+    }
+    found = []
+    for cores in (1, 2):
+        top = checkout(tmp_path / str(cores), changes)
+        done = on_cores(top, cores, "stages/student.py")
+        assert done.returncode == 0, done.stderr[-3000:]
+        found.append(load_file(top / "models/base/model.safetensors"))
+    for name, weight in found[0].items():
+        torch.testing.assert_close(found[1][name], weight, atol=1e-4, rtol=0)
 
 
 def test_two_ranks_of_zero_make_the_update_of_one_process_without(adapted, tmp_path):
