@@ -269,19 +269,19 @@ def write(
 
 
 def write_plots(history: list[dict], held_out: list[dict], rl: params.Rl) -> None:
+    """Iteration 1 is the first. Held-out worlds are played after so many iterations; 0 is before the first."""
     from apprentice.world.observation import ACTIONS
 
+    history = [{**entry, "iteration": iteration} for iteration, entry in enumerate(history, 1)]
     judged = ("judge_score", "judge_missing") if rl.reward.judge else ()
     played = ("reward", "achievements", "length", "invalid_rate", "steps_per_second", *judged)
-    write_curve("rl", history, {name: name for name in played})
+    write_curve("rl", history, {name: name for name in played}, x="iteration")
     trained = {"entropy": "entropy", "clip_ratio/region_mean": "clip_fraction", "sampler_mismatch": "sampler_mismatch"}
     trained |= {"staleness": "staleness"} | ({"kl": "kl"} if rl.kl_coefficient else {})
-    write_curve("rl_training", history, trained)
+    write_curve("rl_training", history, trained, x="iteration")
     write_plot("rl_held_out", HELD_OUT, [[row[name] for name in HELD_OUT] for row in held_out])
     # In their own order: a checkpoint sorts the names.
-    actions = (
-        [iteration, action, entry[f"action/{action}"]] for iteration, entry in enumerate(history) for action in ACTIONS
-    )
+    actions = ([entry["iteration"], action, entry[f"action/{action}"]] for entry in history for action in ACTIONS)
     write_plot("rl_actions", ["iteration", "action", "share"], actions)
 
 

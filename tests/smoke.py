@@ -18,12 +18,12 @@ from small import checkout, environment
 
 SMOKE = {
     "profile": "smoke",
-    "teachers": {"expert": {"policy": "expert", "seeds": "0-3", "max_steps": 60, "explore": 0.1}},
+    "teachers": {"expert": {"policy": "expert", "seeds": "0-3", "max_steps": 30, "explore": 0.1}},
     "imports": {},
     "judge": None,
     "filter.min_judge_score": None,
     "benchmark.protocol": "quick",
-    "benchmark.seeds": "200000-200003",
+    "benchmark.seeds": "200000-200002",
     "benchmark.max_steps": 10,
     "benchmark.agents": {name: {"policy": name} for name in ("random", "expert")},
     "benchmark.students": {name: f"models/{name}" for name in ("base", "sft", "rl")},

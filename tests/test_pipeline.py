@@ -99,11 +99,17 @@ def test_curves_are_there_to_plot(ran):
         ("sft_train", "step,loss"),
         ("sft_val", "step,loss"),
         ("distill", "round,"),
-        ("rl", "step,reward,achievements"),
+        ("rl", "iteration,reward,achievements"),
+        ("rl_training", "iteration,entropy"),
+        ("rl_held_out", "iteration,reward"),
+        ("rl_actions", "iteration,action"),
     ):
         lines = (ran / f"metrics/plots/{name}.csv").read_text().splitlines()
         assert lines[0].startswith(columns) and len(lines) > 1, name
-    assert len((ran / "metrics/plots/rl.csv").read_text().splitlines()) == 1 + SMALL["profiles.tiny.rl.iterations"]
+    iterations = [str(1 + iteration) for iteration in range(SMALL["profiles.tiny.rl.iterations"])]
+    for name, counted in (("rl", iterations), ("rl_training", iterations), ("rl_held_out", ["0", "2", "3"])):
+        lines = (ran / f"metrics/plots/{name}.csv").read_text().splitlines()
+        assert [line.split(",")[0] for line in lines[1:]] == counted, name
 
 
 def test_nothing_runs_again(ran):

@@ -157,7 +157,10 @@ def write_plot(name: str, columns: Sequence[str], rows: Iterable[Sequence]) -> N
         writer.writerows([f"{value:.6g}" if isinstance(value, float) else value for value in row] for row in rows)
 
 
-def write_curve(name: str, history: Iterable[dict], columns: dict[str, str]) -> None:
-    """Write as a plot the rows of a trainer's log that have all of these keys: key in the log → name of the column."""
-    rows = ([row["step"], *(float(row[key]) for key in columns)] for row in history if columns.keys() <= row.keys())
-    write_plot(name, ["step", *columns.values()], rows)
+def write_curve(name: str, history: Iterable[dict], columns: dict[str, str], x: str = "step") -> None:
+    """Write as a plot the rows of a trainer's log that have all of these keys: key in the log → name of the column.
+
+    x: the key that goes into the first column.
+    """
+    rows = ([row[x], *(float(row[key]) for key in columns)] for row in history if columns.keys() <= row.keys())
+    write_plot(name, [x, *columns.values()], rows)

@@ -99,8 +99,8 @@ def made(folder: Path) -> dict:
         "sft_val": "step,loss,token_accuracy\n20,0.35,0.88\n",
         "distill": "round,agreement\n0,0.4\n1,0.5\n",
         "distill_train": "step,loss\n10,0.4\n20,0.3\n",
-        "rl": "step,reward,achievements\n4,5.1,5\n8,5.4,6\n",
-        "rl_training": "step,kl,entropy,clip_fraction\n4,0.01,0.5,0\n8,0.02,,0.01\n",
+        "rl": "iteration,reward,achievements\n1,5.1,5\n2,5.4,6\n",
+        "rl_training": "iteration,kl,entropy,clip_fraction\n1,0.01,0.5,0\n2,0.02,,0.01\n",
         "rl_held_out": "iteration,reward,achievements\n0,5,5\n2,6,6\n",
         "agreement": "teacher,student\ndo,do\ndo,sleep\nsleep,sleep\nnoop,invalid\n",
     }

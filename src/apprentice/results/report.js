@@ -233,12 +233,11 @@ function curves() {
   chart("SFT: token accuracy", pair("token_accuracy"), step, "share of tokens");
   chart("Distillation: loss on labels and rows of SFT", [{ name: "training", x: distilled.step, y: distilled.loss, color: train_ }], step, "nats a token");
   chart("Distillation: own decisions as the teacher's", [{ name: "agreement", x: distill.round, y: distill.agreement, color: val_ }], "round", "share of decisions");
-  // A row for each iteration, by the student before its update: 0 is the one that RL begins with, on held-out worlds too.
-  const order = (rows) => (rows.step || []).map((_, place) => place);
-  const played = (column) => [{ name: "training worlds", x: order(rl), y: rl[column], color: train_ }, { name: "held out", x: held.iteration || [], y: held[column], color: "var(--c5)" }];
+  // Held-out worlds are played after so many iterations: 0 is the student that RL begins with.
+  const played = (column) => [{ name: "training worlds", x: rl.iteration, y: rl[column], color: train_ }, { name: "held out", x: held.iteration || [], y: held[column], color: "var(--c5)" }];
   chart("RL: achievements an episode", played("achievements"), iteration, "of 22");
   chart("RL: reward an episode", played("reward"), iteration, "as rl.reward weighs it");
-  const of = (columns) => Object.entries(columns).map(([column, color]) => ({ name: words(column), x: order(moved), y: moved[column], color }));
+  const of = (columns) => Object.entries(columns).map(([column, color]) => ({ name: words(column), x: moved.iteration, y: moved[column], color }));
   chart("RL: distance from the student that it began with", of({ kl: "var(--c5)" }), iteration, "KL divergence, nats a token");
   chart("RL: entropy of a token", of({ entropy: "var(--c6)" }), iteration, "nats");
   chart("RL: clipped tokens", of({ clip_fraction: "var(--c3)" }), iteration, "share of tokens");
