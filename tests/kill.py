@@ -39,7 +39,10 @@ COMMANDS = (
 """Stages with their arguments, in an order in which they can run. Agents and students of the benchmark are alike."""
 SMALLER = SMALL | {
     "profiles.tiny.student.pretraining.steps": 10,
+    "profiles.tiny.sft.eval_steps": 10,
+    "profiles.tiny.distill.rounds": 1,
     "profiles.tiny.rl.iterations": 2,
+    "teachers.expert.seeds": "0-3",
     "benchmark.agents": {"expert": {"policy": "expert"}},
     "benchmark.students": {"sft": "models/sft"},
     "imports": {"others": {"file": "others.jsonl"}},

@@ -18,6 +18,12 @@ from apprentice.cloud.launch import bring
 from apprentice.cloud.work import gather, work
 from apprentice.pipeline import ROOT
 
+SETTINGS = SMALL | {
+    "profiles.tiny.distill.rounds": 1,
+    "profiles.tiny.rl.iterations": 1,
+    "benchmark.agents": {"random": {"policy": "random"}},
+    "benchmark.students": {"rl": "models/rl"},
+}
 KEY = secrets.token_hex()
 SERVER = ROOT / ".venv-s3/bin/moto_server"
 BUCKET = """
@@ -29,6 +35,7 @@ boto3.client("s3", endpoint_url=sys.argv[1], region_name="us-east-1").create_buc
 @pytest.fixture(scope="module")
 def server() -> str:
     """The address of an S3 server with an empty bucket."""
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:1])  # a rank for each core would be another import of TRL
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -67,7 +74,7 @@ def dvc(top: Path, *arguments: str) -> str:
 @pytest.fixture(scope="module")
 def pushed(server, tmp_path_factory) -> Path:
     """A checkout where all has run and been pushed, the run-cache with it."""
-    top = checkout(tmp_path_factory.mktemp("pushed") / "checkout", SMALL)
+    top = checkout(tmp_path_factory.mktemp("pushed") / "checkout", SETTINGS)
     dvc(top, "repro")
     # As the README says it.
     dvc(top, "remote", "add", "--default", "store", "s3://bucket/apprentice")
