@@ -76,8 +76,8 @@ def test_a_command_does_what_it_says(command, top, variables):
     line = [*programs.get(words[0], [sys.executable]), *words[1:]]
     if words[:2] == ["apprentice", "serve"]:
         return serves(line, top, variables)
-    if words[:3] == ["dvc", "exp", "run"]:
-        line.append("--dry")
+    if words[:3] == ["dvc", "exp", "run"]:  # the stage that reads the settings, in a copy
+        line += ["settings"] if "--queue" in words else ["--temp", "settings"]
     params = (top / "params.yaml").read_bytes()
     done = subprocess.run(
         line, cwd=top, env=variables, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=600
