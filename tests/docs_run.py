@@ -1,7 +1,7 @@
 """`make test-docs`: README's and docs' commands are run as they stand there, in a copy with `make smoke`'s results.
 
 Where the copy lacks what a page speaks of, a word is replaced by one that it has (`INSTEAD`). Experiments go as far as
-DVC's `--dry`, which checks the settings. What is not run is named in `NOT_RUN`, with the reason.
+the stage `settings`, which checks them. What is not run is named in `NOT_RUN`, with the reason.
 """
 
 import re
