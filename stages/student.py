@@ -9,7 +9,7 @@ import os
 import sys
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))  # this checkout's, whatever is installed
 
@@ -18,6 +18,8 @@ from apprentice.files import replacing
 from apprentice.stage import run, write_metrics
 
 if TYPE_CHECKING:
+    from transformers import Qwen3VLForConditionalGeneration
+
     from apprentice.training.pretraining import Frame
 
 BASE = Path("models/base")
@@ -60,7 +62,7 @@ def tiny(settings: params.Params, folder: Path) -> dict:
     devices.launch(teach, ranks, settings.active, seen, folder, on=())
     loading.use_all_cores()
     model, processor = loading.load(folder)
-    sight = pretraining.sight(model, processor, shown_with, held_out)
+    sight = pretraining.sight(cast("Qwen3VLForConditionalGeneration", model), processor, shown_with, held_out)
     sizes = {"parameters": model.num_parameters(), "vocabulary": len(processor.tokenizer), "frames": len(seen)}
     metrics = sizes | sight
     write_card(folder, student, shown_with, metrics, sight)

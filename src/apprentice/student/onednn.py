@@ -10,6 +10,7 @@ import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import MethodType
+from typing import Any
 
 import torch
 from torch.nn.functional import linear
@@ -21,6 +22,7 @@ _HERE = (
 )
 _FASTER = torch.cpu._is_avx512_bf16_supported()
 """bfloat16 than float32: AVX512-BF16, and AMX, which comes with it."""
+_OF_ONEDNN: Any = torch.backends.mkldnn
 _FEW = 64
 """Rows below which the call itself takes longer than what it saves."""
 
@@ -54,12 +56,12 @@ def _rounding() -> Iterator[None]:
     if not _rounded:
         yield
         return
-    how = torch.backends.mkldnn.matmul
-    before, how.fp32_precision = how.fp32_precision, "bf16"
+    products = _OF_ONEDNN.matmul
+    before, products.fp32_precision = products.fp32_precision, "bf16"
     try:
         yield
     finally:
-        how.fp32_precision = before
+        products.fp32_precision = before
 
 
 def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
