@@ -273,7 +273,7 @@ STUDENTS = {f"benchmark_student@{name}" for name in ("base", "sft", "distill", "
         ("teachers.expert.explore", 0.3, {"collect@expert", "report"}),
         ("filter.min_steps_per_episode", 7, {"filter"}),
         ("split.random_seed", 43, {"split", "distill"}),
-        ("profiles.tiny.dtype", "bfloat16", {"sft", "distill", "rl", "agreement", *STUDENTS}),
+        ("profiles.tiny.dtype", "bfloat16", {"student", "sft", "distill", "rl", "agreement", *STUDENTS}),
         ("profiles.tiny.prompt.history", 3, {"split", "student", "distill", "rl", *STUDENTS}),
         ("profiles.tiny.sampling.temperature", 0.9, {"distill", "rl", "agreement", *STUDENTS}),
         ("profiles.tiny.sampling.max_tokens", 20, {"sft", "distill", "rl", "agreement", *STUDENTS}),

@@ -403,7 +403,7 @@ def test_a_rollout_of_the_student_is_the_same_again(tiny_folder, tmp_path):
     (tmp_path / "models").mkdir()
     (tmp_path / "models/base").symlink_to(tiny_folder)
     shown = params.load(tmp_path / "params.yaml").active
-    student = in_process.load("base", None, "float32", 1.0, shown.sampling.max_tokens, 1, str(tiny_folder))
+    student = in_process.load("base", None, shown.dtype, 1.0, shown.sampling.max_tokens, 1, str(tiny_folder))
     (expected,) = play(student, Spec([9], 4, shown.prompt))
     asked = {"policy": "base", "seed": 9, "max_steps": 4, "images": False}
     with serving(tmp_path, "world") as (url, _):

@@ -245,6 +245,7 @@ def test_a_slow_episode_holds_no_other(servers, processor):
 def top(tiny_folder, adapter, tmp_path_factory) -> Path:
     """A checkout with models/base and models/distill, whose student plays on vLLM."""
     changes = SMALL | {
+        "profiles.tiny.dtype": "float32",  # as vLLM computes
         "profiles.tiny.prompt.history": SHOWN.history,
         "profiles.tiny.rl.iterations": 3,
         "profiles.tiny.rl.staleness": 1,

@@ -29,7 +29,7 @@ SHOWN = params.load(ROOT / "params.yaml").active.prompt
 @pytest.fixture(scope="module")
 def top(tiny_folder, tmp_path_factory):
     """A checkout with the untrained student as base."""
-    top = checkout(tmp_path_factory.mktemp("served") / "top", {})
+    top = checkout(tmp_path_factory.mktemp("served") / "top", {"profiles.tiny.dtype": "float32"})
     (top / "models").mkdir()
     (top / "models/base").symlink_to(tiny_folder)
     return top

@@ -59,7 +59,7 @@ def train(top: Path, ranks: int, at_once: int, accumulation: int, stage: int, st
     profile = params.load(ROOT / "params.yaml").profiles["tiny"]
     settings = {"eval_steps": 10, "early_stopping_patience": None, "batch_size": 8, "micro_batch_size": at_once}
     sft = profile.sft.model_copy(update=settings | {"zero": params.Zero(stage=stage)} | changes)
-    profile = profile.model_copy(update={"sft": sft})
+    profile = profile.model_copy(update={"sft": sft, "dtype": "float32"})
     import sft as stage_sft
 
     for name, file in stage_sft.DATA.items():
