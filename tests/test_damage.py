@@ -1,5 +1,6 @@
 """What a full disk, a power cut or a bad sector has damaged is named, and never taken for whole."""
 
+import json
 import sqlite3
 from pathlib import Path
 from types import SimpleNamespace
@@ -137,3 +138,17 @@ def test_what_was_paid_for_is_not_paid_again_before_the_user_knows(tmp_path):
     db.execute("CREATE TABLE replies (seed INTEGER)")
     db.close()
     assert isinstance(opened(path), sqlite3.Connection)
+
+
+@pytest.mark.parametrize("harm", DAMAGES)
+def test_damaged_play_on_held_out_worlds_is_as_if_it_had_not_been(tmp_path, harm):
+    from apprentice.training.self_play import evaluations
+
+    for iteration in (0, 2):
+        folder = tmp_path / "evaluated" / str(iteration)
+        folder.mkdir(parents=True)
+        (folder / "evaluation.json").write_text(json.dumps({"iteration": iteration}))
+        seal(folder)
+    assert [found["iteration"] for found in evaluations(tmp_path)] == [0, 2]
+    DAMAGES[harm](tmp_path / "evaluated/2/evaluation.json")
+    assert [found["iteration"] for found in evaluations(tmp_path)] == [0]

@@ -215,8 +215,12 @@ def summary(episodes: Sequence[Episode], reward: Reward, seconds: float) -> dict
 
 
 def evaluations(folder: Path) -> list[dict]:
-    """What the held-out worlds gave, by iteration; `folder` / "evaluated" / ITERATION has the adapter."""
-    found = [json.loads(file.read_text()) for file in folder.glob("evaluated/[0-9]*/evaluation.json")]
+    """What the held-out worlds gave, by iteration; `folder` / "evaluated" / ITERATION has the adapter.
+
+    A damaged one is left out: its worlds are played again.
+    """
+    whole = (kept for kept in folder.glob("evaluated/[0-9]*") if not damage(kept))
+    found = [json.loads((kept / "evaluation.json").read_text()) for kept in whole]
     return sorted(found, key=lambda evaluation: evaluation["iteration"])
 
 
