@@ -3,8 +3,9 @@
 A small pipeline runs undisturbed. Then each stage runs in a checkout and with a cache of its own, on the same inputs.
 It is killed by SIGKILL twice, at moments drawn between its begin and the time that it took undisturbed. A file of the
 newest checkpoint, where there is one, is emptied, as a power cut may do. Then the stage runs to its end. No output may
-be torn after a kill, but a curve may have only begun. At the end the outputs are the same bytes, and no file or process is left behind. Of the paid
-teacher's stub nothing was asked for twice, but for what was under way at a kill. KILL_SEED draws other moments.
+be torn after a kill, but a curve may have only begun. At the end the outputs are the same bytes, and no file or process
+is left behind. Of the paid teacher's stub nothing was asked for twice, but for what was under way at a kill. KILL_SEED
+draws other moments.
 """
 
 import json
