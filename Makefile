@@ -29,7 +29,7 @@ repro: setup ## the whole pipeline, only what has changed
 test: types ## lint and types, then all tests
 	ruff check .
 	ruff format --check .
-	@echo "About 20 minutes on two cores; the dots are tests, about 2,200 of them."
+	@echo "About 12 minutes on two cores; the dots are tests, about 2,200 of them."
 	python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder --durations 30
 
 smoke: setup ## the whole pipeline in minutes, with toy settings in a copy of this checkout; for those who change the code
