@@ -13,7 +13,6 @@ weights, the order of the rows, and all draws of play; the teacher's episodes an
 import argparse
 import json
 import os
-import resource
 import shutil
 import statistics
 import subprocess
@@ -24,9 +23,9 @@ from ruamel.yaml import YAML
 
 ROOT = Path(__file__).parent.parent
 WORK = ROOT / "tmp" / "frontier"
-STAGES = {"base": ("student",), "sft": ("sft",), "distill": ("distill",), "rl": ("rl",)}
+STAGES = {"base": "student", "sft": "sft", "distill": "distill", "rl": "rl"}
+"""What makes each student; each depends on a training seed."""
 DATA = ("collect", "filter", "split")
-SEEDED = ("student", "sft", "distill", "rl")
 yaml = YAML()
 
 
@@ -50,7 +49,7 @@ def run(folder: Path, checkout: Path, seed: int, settings: list[str], name: str)
     top = folder / "checkout"
     subprocess.run(["git", "clone", "--quiet", checkout, top], check=True)
     tree = yaml.load(top / "params.yaml")
-    for stage in SEEDED:
+    for stage in STAGES.values():
         if stage in (of := tree["profiles"][tree["profile"]]):
             of[stage]["random_seed"] = seed
     for change in settings:
@@ -62,16 +61,13 @@ def run(folder: Path, checkout: Path, seed: int, settings: list[str], name: str)
         node[last] = YAML(typ="safe").load(value)
     yaml.dump(tree, top / "params.yaml")
     environment = os.environ | {"APPRENTICE_CACHE": str(folder / "cache"), "PYTHONPATH": str(top / "src")}
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run([sys.executable, "-m", "dvc", "repro"], cwd=top, env=environment)
     if done.returncode:
         sys.exit(done.returncode)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     of = json.loads((top / "metrics" / "benchmark.json").read_text())
     seconds = {file.stem: json.loads(file.read_text())["seconds"] for file in (top / "metrics/times").glob("*.json")}
     rates = {agent: of[agent]["achievement_rate"] for agent in STAGES if agent in of}
-    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    found = {"name": name, "seed": seed, "settings": settings, "rates": rates, "seconds": seconds, "cpu": cpu}
+    found = {"name": name, "seed": seed, "settings": settings, "rates": rates, "seconds": seconds}
     (folder / "done.json").write_text(json.dumps(found))
 
 
@@ -85,7 +81,7 @@ def show() -> None:
     for name, each in runs.items():
         stages = list(DATA)
         for agent, own in STAGES.items():
-            stages += own
+            stages.append(own)
             rates = [100 * found["rates"][agent] for found in each if agent in found["rates"]]
             if not rates:
                 continue

@@ -7,7 +7,6 @@ To this pipeline the tiny student is what a hub model is: it sees, it answers in
 
 import os
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -85,12 +84,11 @@ def teach(profile: params.Profile, seen: "list[Frame]", folder: Path) -> None:
     first = os.environ["RANK"] == "0"
     tokens = tokenizer(*pretraining.vocabulary(profile.prompt, seen[:1000]), student.architecture.vocabulary)
     model, processor = build(student.architecture, tokens, seed)
-    with Progress("pretraining", {"step": options.steps}) if first else nullcontext() as progress:
+    with Progress("pretraining", {"step": options.steps}, shown=first) as progress:
 
         def tell(step: int, loss: float) -> None:
-            if progress:
-                progress.news = f"loss {loss:.3f}"
-                progress.end("step")
+            progress.news = f"loss {loss:.3f}"
+            progress.end("step")
 
         pretraining.pretrain(model, processor, profile.prompt, seen, options, seed, profile.dtype == "mixed", tell)
     if first:

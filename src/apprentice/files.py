@@ -72,15 +72,18 @@ def sealed(folder: Path) -> set[Path]:
     return {(folder / name).resolve() for name in json.loads((folder / SEAL).read_text())}
 
 
-def damage(folder: Path) -> str:
-    """The first file of a folder that is not as it was sealed, and why; empty where all are."""
+def damage(folder: Path, only: str = "") -> str:
+    """The first file of a folder that is not as it was sealed, and why; empty where all are.
+
+    only: the name of the one file to look at, where the others are not read.
+    """
     try:
         digests = json.loads((folder / SEAL).read_text())
     except FileNotFoundError:
         return f"{folder} was not finished"
     except ValueError:
         return f"{folder / SEAL} is damaged"
-    for name, known in digests.items():
+    for name, known in ({only: digests[only]} if only else digests).items():
         file = Path(os.path.normpath(folder / name))
         if not file.is_file():
             return f"{file} is gone"

@@ -61,10 +61,8 @@ def test_two_ranks_learn_what_one_learns(taught, tmp_path):
 
 
 def test_two_ranks_teach_a_base_to_see_as_one_does(tmp_path):
-    of_student = {"pretraining.seeds": "100000-100007", "pretraining.frames_per_seed": 10, "pretraining.steps": 5}
-    changes = {f"profiles.tiny.student.{name}": value for name, value in of_student.items()} | {
-        "profiles.tiny.student.pretraining.batch_size": 16
-    }
+    smaller = {"seeds": "100000-100007", "frames_per_seed": 10, "steps": 5, "batch_size": 16}
+    changes = {f"profiles.tiny.student.pretraining.{name}": value for name, value in smaller.items()}
     found = []
     for cores in (1, 2):
         top = checkout(tmp_path / str(cores), EXACT | changes)

@@ -26,7 +26,6 @@ def write(out: Path, shown: Prompt) -> None:
         "items": ITEMS if shown.inventory == "all" else (),
         "history": shown.history,
         "max_actions": shown.max_actions,
-        "scale": shown.scale,
         "size": prompt.size(shown),
         "side": SIZE,
     }

@@ -22,7 +22,7 @@ from balrog.client import LLMResponse
 from PIL import Image
 
 SETTINGS: dict = {}
-"""system, tools, items (those always listed), history, max_actions, scale, side: filled in by the export."""
+"""system, tools, items (those always listed), history, max_actions, size (as shown), side: filled in by the export."""
 _FACING = {"move_left": "left", "move_right": "right", "move_up": "up", "move_down": "down"}
 _SPOKEN = {"move_left": "Move West", "move_right": "Move East", "move_up": "Move North", "move_down": "Move South"}
 _NAMES = {"plant": "sapling", "None": "nothing"}
@@ -111,7 +111,7 @@ def picture(image):
     if image.size != (side, side):
         raise ValueError(f"the picture has {image.size}; run eval.py with envs.crafter_kwargs.size=[{side},{side}]")
     file = io.BytesIO()
-    seen = image.crop((0, 0, side, height // SETTINGS["scale"]))
+    seen = image.crop((0, 0, side, side * height // width))
     seen.resize((width, height), Image.Resampling.NEAREST).save(file, "PNG")
     url = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
     return {"type": "image_url", "image_url": {"url": url}}

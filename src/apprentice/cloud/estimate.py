@@ -6,6 +6,7 @@ measured»: then the figures are a range.
 """
 
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
@@ -314,8 +315,8 @@ def _student(settings: Params, places: compute.Compute, read: int) -> list[Line]
     profile, benchmark, kept = settings.active, settings.benchmark, rates()["kept"]
     sft, distill, rl, model = profile.sft, profile.distill, profile.rl, profile.student.model
     token = SIZE // VIEW[0] if model == "tiny" else _VISUAL_TOKEN
-    columns, lines_of_tokens = (-(-side // token) for side in prompt.size(profile.prompt))
-    picture = 0 if profile.prompt.mode == "text" else columns * lines_of_tokens
+    sides = prompt.size(profile.prompt) if profile.prompt.mode != "text" else (0, 0)
+    picture = math.prod(-(-side // token) for side in sides)
     each = _text_tokens(profile.prompt) + picture + rates()["text"]["completion_tokens"]
     val_fraction = settings.split.val_fraction
     rows, held_out = (round(read * kept["share"] * part) for part in (1 - val_fraction, val_fraction))

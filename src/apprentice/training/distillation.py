@@ -334,7 +334,7 @@ class Practice:
     def rounds(self) -> list[dict]:
         """What was seen in each round so far."""
         files = (self.rows(number).with_name("round.json") for number in range(self.distill.rounds))
-        return [json.loads(file.read_text()) for file in files if not damage(file.parent)]
+        return [json.loads(file.read_text()) for file in files if not damage(file.parent, file.name)]
 
 
 class DistillTrainer(SftTrainer):

@@ -219,7 +219,7 @@ def evaluations(folder: Path) -> list[dict]:
 
     A damaged one is left out: its worlds are played again.
     """
-    whole = (kept for kept in folder.glob("evaluated/[0-9]*") if not damage(kept))
+    whole = (kept for kept in folder.glob("evaluated/[0-9]*") if not damage(kept, "evaluation.json"))
     found = [json.loads((kept / "evaluation.json").read_text()) for kept in whole]
     return sorted(found, key=lambda evaluation: evaluation["iteration"])
 
