@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from conftest import SHOWN
 from safetensors.torch import load_file
+from torch import multiprocessing
 
 from apprentice import params
 from apprentice.data.chat_rows import row
@@ -30,6 +31,25 @@ from apprentice.training import devices, examples
 sys.path.append(str(ROOT / "stages"))
 STEPS = 20
 KNOWN = {"train": "train", "val": "val"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forked():
+    """Ranks are forks of one process: each would import TRL and DeepSpeed for 8 seconds."""
+    multiprocessing.set_forkserver_preload(["trl.trainer.sft_trainer", "peft", "deepspeed"])
+    start = multiprocessing.start_processes
+
+    def fork(work, args, *how, **settings):
+        return start(_inheriting, (dict(os.environ), work, args), *how, **settings | {"start_method": "forkserver"})
+
+    with patch.object(multiprocessing, "start_processes", fork):
+        yield
+
+
+def _inheriting(rank: int, environment: dict[str, str], work, args: tuple) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    work(rank, *args)
 
 
 @pytest.fixture(scope="module")
