@@ -51,9 +51,10 @@ class Sky:
         return json.JSONDecoder().raw_decode(said, begins.start())[0]
 
     def jobs(self, cluster: str) -> list[dict]:
-        """A cluster's jobs, each with `job_name`, `job_id` and `status`; none if there's no such cluster."""
-        if cluster not in {known["name"] for known in self.json("status", "--refresh", cluster)}:
-            return []
+        """A cluster's jobs, each with `job_name`, `job_id` and `status`; none if there's no such cluster.
+
+        SkyPilot asks the cloud first whether a machine with autostop is still there: all of ours have it.
+        """
         return self.json("queue", cluster).get(cluster, [])
 
     def job(self, cluster: str, name: str, managed: bool) -> dict | None:
