@@ -42,7 +42,7 @@ elif len(gpus.names()) > 1:
 
 MINUTES = 30 if REHEARSED else 9  # a rehearsal may be one of several things that its processor does
 LAST = time.monotonic() + 60 * MINUTES
-BATCH, STEPS, EPISODES, TURNS, TOKENS = (8, 4, 4, 2, 8) if REHEARSED else (32, 8, 8, 5, 32)
+BATCH, STEPS, EPISODES, TURNS, TOKENS = (8, 4, 4, 2, 32) if REHEARSED else (32, 8, 8, 5, 32)
 """Rows and steps of sft; episodes played together, their decisions, and tokens of a reply at most."""
 CLOSE = 0.05
 """Nats by which log-probabilities of tokens may differ in the mean where one side computes in bfloat16."""
@@ -365,7 +365,7 @@ def _gradients(top: Path, profile: params.Profile) -> dict[bool, tuple[float, di
             torch.cuda.reset_peak_memory_stats()
         rows = batch(processor, encode_all(processor, _rows(top, 4)))
         trainer.current_gradient_accumulation_steps = 1
-        loss = trainer.training_step(trainer.model, rows)
+        loss = trainer.training_step(trainer.accelerator.prepare(trainer.model), rows)  # with autocast, as in train()
         gradients = {
             name: parameter.grad.float().cpu()
             for name, parameter in trainer.model.named_parameters()
