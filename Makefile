@@ -17,7 +17,7 @@ DOCS_READY := .venv-docs/ready-$(shell cksum <requirements-docs.lock | tr ' ' '-
 
 .DEFAULT_GOAL := repro
 .PHONY: help setup repro test test-kill test-rehearsal test-openenv test-balrog test-exports test-report test-vllm \
-    test-deepspeed test-gpu test-sky test-sky-rehearsal test-s3 test-docs environments vllm sky deps lint types checkout \
+    test-deepspeed test-gpu test-sky test-s3 test-docs environments vllm sky deps lint types checkout \
     clean docs film smoke
 
 help: ## this list
@@ -93,11 +93,8 @@ $(EXPORTS_READY): requirements-llamafactory.lock requirements-axolotl.lock
 	rm -f $(@D)/ready-*
 	touch $@
 
-test-sky: setup sky ## stages launched by SkyPilot on a one-node Slurm; root on Debian, installs Slurm
-	tests/slurm/run
-
-test-sky-rehearsal: setup sky ## the profile qwen2b on machines that SkyPilot finds on that Slurm, pretended GPUs
-	tests/slurm/run tests/slurm/qwen.py
+test-sky: setup sky ## stages, and all of qwen2b, launched by SkyPilot on a one-node Slurm; root on Debian, installs Slurm
+	tests/slurm/run tests/slurm/on_slurm.py tests/slurm/qwen.py
 
 test-s3: setup $(S3_READY) ## DVC's remote on an S3 server
 	python -m pytest tests/on_s3.py

@@ -1,4 +1,4 @@
-"""`make test-sky-rehearsal`: the profile for rented GPUs as one rents them: every stage that can use a GPU.
+"""A part of `make test-sky`: the profile for rented GPUs as one rents them: every stage that can use a GPU.
 
 The rehearsal of tests/rehearsal.py, with two machines that SkyPilot finds on the loopback Slurm: sft, agreement and
 benchmark share one with two of the declared H200s, distill and rl one with four, where two serve and two train.
