@@ -5,6 +5,7 @@ Minutes of CPU, so not a part of `make test`.
 
 import json
 import os
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -24,17 +25,29 @@ EXACT = {"profiles.tiny.dtype": "float32"}
 """Rounded products would differ by more than the order of a sum."""
 
 
+@pytest.fixture(scope="module")
+def alone(adapted, tmp_path_factory):
+    """By advantage: the folder where one rank has run rl, and its last adapter."""
+
+    @cache
+    def run(advantage: str) -> tuple[Path, dict[str, torch.Tensor]]:
+        top = tmp_path_factory.mktemp(advantage) / "top"
+        return top, run_and_last_adapter(top, adapted, 1, EXACT | {"profiles.tiny.rl.advantage": advantage})
+
+    return run
+
+
 @pytest.mark.parametrize("advantage", ["linear", "critic"])
-def test_two_ranks_make_the_update_of_one(adapted, tmp_path, advantage):
+def test_two_ranks_make_the_update_of_one(adapted, alone, tmp_path, advantage):
     changes = EXACT | {"profiles.tiny.rl.advantage": advantage}
-    one, two = (run_and_last_adapter(tmp_path / str(cores), adapted, cores, changes) for cores in (1, 2))
+    (single, one), two = alone(advantage), run_and_last_adapter(tmp_path / "2", adapted, 2, changes)
     start = load_file(adapted / "distill" / "adapter_model.safetensors")
     assert max((one[name] - start[name]).abs().max() for name in one) > 1e-4  # something was learnt
     for name in one:
         torch.testing.assert_close(two[name], one[name], atol=2e-5, rtol=0)
     first_iteration = [("iteration", "==", 0)]
     one, two = (
-        pq.read_table(tmp_path / name / "data/rl/rollouts.parquet", filters=first_iteration) for name in ("1", "2")
+        pq.read_table(top / "data/rl/rollouts.parquet", filters=first_iteration) for top in (single, tmp_path / "2")
     )
     if advantage == "linear":
         assert one.equals(two)
@@ -73,8 +86,8 @@ def test_two_ranks_teach_a_base_to_see_as_one_does(tmp_path):
         torch.testing.assert_close(found[1][name], weight, atol=1e-4, rtol=0)
 
 
-def test_two_ranks_of_zero_make_the_update_of_one_process_without(adapted, tmp_path):
-    one = run_and_last_adapter(tmp_path / "1", adapted, 1, EXACT)
+def test_two_ranks_of_zero_make_the_update_of_one_process_without(adapted, alone, tmp_path):
+    _, one = alone("critic")
     two = run_and_last_adapter(tmp_path / "2", adapted, 2, EXACT | {"profiles.tiny.rl.zero": {"stage": 2}})
     for name in one:
         torch.testing.assert_close(two[name], one[name], atol=2e-5, rtol=0)
