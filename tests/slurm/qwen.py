@@ -17,18 +17,25 @@ from apprentice.gpus import REHEARSAL
 from apprentice.pipeline import ROOT
 
 
+def compute(top: Path, hub: str, rl: str, vllm_gpus: list[int] | None) -> None:
+    """Every stage that can use a GPU goes to Slurm. rl: the machine for it and distill."""
+    known = {**OFFLINE, REHEARSAL: "1", "HF_ENDPOINT": hub}
+    place = {"where": "sky", "any_of": [{"infra": "slurm"}], "lock": "requirements.lock", "environment": known}
+    on = {name: {**place, "machine": name, "accelerators": f"H200:{gpus}"} for name, gpus in (("two", 2), ("four", 4))}
+    stages = {name: on["two"] for name in ("sft", "agreement", "benchmark_student")} | {
+        name: on[rl] for name in ("distill", "rl")
+    }
+    with (top / "compute.yaml").open("w") as file:
+        YAML().dump({"stages": stages, "vllm": {"program": "stand-in", "gpus": vllm_gpus}}, file)
+
+
 @pytest.fixture(scope="module")
 def ran(address, tmp_path_factory) -> Path:  # noqa: F811
     """A checkout where the whole pipeline has run, its GPU stages on Slurm."""
     top = checkout(tmp_path_factory.mktemp("qwen") / "qwen", QWEN)
     (top / ".venv-sky").symlink_to(ROOT / ".venv-sky")
     stand_in(top / "stand-in", ".venv/bin/python")
-    known = {**OFFLINE, REHEARSAL: "1", "HF_ENDPOINT": address}
-    place = {"where": "sky", "any_of": [{"infra": "slurm"}], "lock": "requirements.lock", "environment": known}
-    two, four = ({**place, "machine": name, "accelerators": f"H200:{gpus}"} for name, gpus in (("two", 2), ("four", 4)))
-    stages = {"sft": two, "distill": four, "rl": four, "agreement": two, "benchmark_student": two}
-    with (top / "compute.yaml").open("w") as file:
-        YAML().dump({"stages": stages, "vllm": {"program": "stand-in", "gpus": [0, 1]}}, file)
+    compute(top, address, "four", vllm_gpus=[0, 1])
     committed(top)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_ENDPOINT", address)  # for the stage that runs here: student
@@ -45,8 +52,16 @@ def test_the_whole_profile_runs_on_machines_that_are_found(ran):
     assert len(jobs()) == 2
 
 
+def test_rl_runs_by_turns_too(ran, address):  # noqa: F811
+    (ran / "metrics/rl.json").unlink()
+    compute(ran, address, "two", vllm_gpus=None)
+    assert ended(ran, begin(ran, "apprentice", "launch", "rl")) == 0, log(ran)[-5000:]
+    assert json.loads((ran / "metrics/rl.json").read_text())["iterations"] == 2
+    assert log(ran).count("ended with exit code 0") == 7
+
+
 def test_no_machine_is_left(ran):
-    for stage in ("sft", "rl"):
+    for stage in ("sft", "distill"):  # one of each machine
         assert ended(ran, begin(ran, "apprentice", "launch", stage, "--stop")) == 0, log(ran)[-3000:]
     assert json.loads(sky("status", "-o", "json")) == []
     assert not jobs() and not at_work() - {"ps"}
