@@ -80,7 +80,7 @@ def test_a_command_does_what_it_says(command, top, variables):
         return serves(line, top, variables)
     params = (top / "params.yaml").read_bytes()
     if words[:3] == ["dvc", "exp", "run"]:  # the stage that reads the settings, in a copy, with those a newcomer has
-        (top / "params.yaml").write_bytes((ROOT / "params.yaml").read_bytes())
+        shutil.copy(ROOT / "params.yaml", top)
         line += ["settings"] if "--queue" in words else ["--temp", "settings"]
     done = subprocess.run(
         line, cwd=top, env=variables, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=600

@@ -42,8 +42,10 @@ elif len(gpus.names()) > 1:
 
 MINUTES = 30 if REHEARSED else 9  # a rehearsal may be one of several things that its processor does
 LAST = time.monotonic() + 60 * MINUTES
-BATCH, STEPS, EPISODES, TURNS, TOKENS = (8, 4, 4, 2, 32) if REHEARSED else (32, 8, 8, 5, 32)
-"""Rows and steps of sft; episodes played together, their decisions, and tokens of a reply at most."""
+BATCH, STEPS, EPISODES, TURNS = (8, 4, 4, 2) if REHEARSED else (32, 8, 8, 5)
+"""Rows and steps of sft; episodes played together, and their decisions."""
+TOKENS = 32
+"""Of a reply at most; the rows' answers have 21 and more, and longer ones are left out."""
 CLOSE = 0.05
 """Nats by which log-probabilities of tokens may differ in the mean where one side computes in bfloat16."""
 SETTINGS = {

@@ -1,7 +1,8 @@
 """A part of `make test-sky`: the profile for rented GPUs as one rents them: every stage that can use a GPU.
 
 The rehearsal of tests/rehearsal.py, with two machines that SkyPilot finds on the loopback Slurm: sft, agreement and
-benchmark share one with two of the declared H200s, distill and rl one with four, where two serve and two train.
+benchmark share one with two of the declared H200s, distill and rl one with four, where two serve and two train. Then rl
+runs on two, which serve and train by turns.
 """
 
 import json
@@ -22,9 +23,8 @@ def compute(top: Path, hub: str, rl: str, vllm_gpus: list[int] | None) -> None:
     known = {**OFFLINE, REHEARSAL: "1", "HF_ENDPOINT": hub}
     place = {"where": "sky", "any_of": [{"infra": "slurm"}], "lock": "requirements.lock", "environment": known}
     on = {name: {**place, "machine": name, "accelerators": f"H200:{gpus}"} for name, gpus in (("two", 2), ("four", 4))}
-    stages = {name: on["two"] for name in ("sft", "agreement", "benchmark_student")} | {
-        name: on[rl] for name in ("distill", "rl")
-    }
+    stages = dict.fromkeys(("sft", "agreement", "benchmark_student"), on["two"])
+    stages |= dict.fromkeys(("distill", "rl"), on[rl])
     with (top / "compute.yaml").open("w") as file:
         YAML().dump({"stages": stages, "vllm": {"program": "stand-in", "gpus": vllm_gpus}}, file)
 

@@ -25,6 +25,10 @@ EXACT = {"profiles.tiny.dtype": "float32"}
 """Rounded products would differ by more than the order of a sum."""
 
 
+def exactly(advantage: str) -> dict:
+    return EXACT | {"profiles.tiny.rl.advantage": advantage}
+
+
 @pytest.fixture(scope="module")
 def alone(adapted, tmp_path_factory):
     """By advantage: the folder where one rank has run rl, and its last adapter."""
@@ -32,15 +36,14 @@ def alone(adapted, tmp_path_factory):
     @cache
     def run(advantage: str) -> tuple[Path, dict[str, torch.Tensor]]:
         top = tmp_path_factory.mktemp(advantage) / "top"
-        return top, run_and_last_adapter(top, adapted, 1, EXACT | {"profiles.tiny.rl.advantage": advantage})
+        return top, run_and_last_adapter(top, adapted, 1, exactly(advantage))
 
     return run
 
 
 @pytest.mark.parametrize("advantage", ["linear", "critic"])
 def test_two_ranks_make_the_update_of_one(adapted, alone, tmp_path, advantage):
-    changes = EXACT | {"profiles.tiny.rl.advantage": advantage}
-    (single, one), two = alone(advantage), run_and_last_adapter(tmp_path / "2", adapted, 2, changes)
+    (single, one), two = alone(advantage), run_and_last_adapter(tmp_path / "2", adapted, 2, exactly(advantage))
     start = load_file(adapted / "distill" / "adapter_model.safetensors")
     assert max((one[name] - start[name]).abs().max() for name in one) > 1e-4  # something was learnt
     for name in one:
@@ -88,6 +91,7 @@ def test_two_ranks_teach_a_base_to_see_as_one_does(tmp_path):
 
 def test_two_ranks_of_zero_make_the_update_of_one_process_without(adapted, alone, tmp_path):
     _, one = alone("critic")
-    two = run_and_last_adapter(tmp_path / "2", adapted, 2, EXACT | {"profiles.tiny.rl.zero": {"stage": 2}})
+    changes = exactly("critic") | {"profiles.tiny.rl.zero": {"stage": 2}}
+    two = run_and_last_adapter(tmp_path / "2", adapted, 2, changes)
     for name in one:
         torch.testing.assert_close(two[name], one[name], atol=2e-5, rtol=0)
