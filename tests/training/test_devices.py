@@ -88,6 +88,20 @@ def wait(folder: Path) -> None:
     time.sleep(600)
 
 
+def say_threads(folder: Path) -> None:
+    (folder / os.environ.get("RANK", "alone")).write_text(str(torch.get_num_threads()))
+
+
+@pytest.mark.parametrize(("ranks", "on"), [(1, None), (1, ()), (2, None)])
+def test_a_rank_on_the_processor_computes_on_one_thread(tmp_path, ranks, on):
+    before = torch.get_num_threads()
+    try:
+        devices.launch(say_threads, ranks, tmp_path, on=on)
+    finally:
+        torch.set_num_threads(before)
+    assert [file.read_text() for file in tmp_path.iterdir()] == ["1"] * ranks
+
+
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_no_rank_outlives_the_parent(tmp_path, how):
     code = "import sys, pathlib, test_devices as t; t.devices.launch(t.wait, 2, pathlib.Path(sys.argv[1]))"

@@ -61,6 +61,8 @@ def launch(
     torch, accelerate and TRL find their rank in the environment, as torchrun would set it. The first rank that fails
     ends the others, and this process with the same exit code or its error. No rank outlives this process.
 
+    Without a GPU each computes on one thread: two in one process do not always repeat the same bytes (LOG.md).
+
     group: make a process group of one rank too, as DeepSpeed wants. relief: what to say would help when memory is full.
     on: the GPUs to train on, None are all. A process that has begun CUDA sees the GPUs that it saw then, whatever the
     environment says later: so with GPUs of its own, one rank too is a process of its own.
@@ -68,7 +70,7 @@ def launch(
     if on is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(on)  # which the ranks inherit
     if ranks == 1 and not group and on is None:
-        torch.set_num_threads(cores())
+        torch.set_num_threads(1)
         _work(work, relief, args)
         return
     with socket.socket() as free:
@@ -114,9 +116,10 @@ def _rank(rank: int, work: Callable[..., None], ranks: int, port: int, relief: s
     os.environ |= {name: str(rank) for name in ("RANK", "LOCAL_RANK")}
     os.environ |= {name: str(ranks) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
-    torch.set_num_threads(max(1, cores() // ranks))
+    torch.set_num_threads(1)
     if gpus.used():
         torch.cuda.set_device(rank)
+        torch.set_num_threads(max(1, cores() // ranks))
     try:
         _work(work, relief, args)
     except (ConfigError, WorkError) as error:
