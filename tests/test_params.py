@@ -534,6 +534,6 @@ def test_what_dvc_sets_in_params_yaml_changes_that_line_alone(tmp_path):
     before = (ROOT / "params.yaml").read_text().splitlines()
     changed.write_text("\n".join(before) + "\n")
     with modify_yaml(changed) as tree:
-        tree["profiles"]["tiny"]["sft"]["epochs"] = 2
+        tree["profiles"]["tiny"]["sft"]["epochs"] = 7
     after = changed.read_text().splitlines()
-    assert [line for line in after if line not in before] == ["      epochs: 2"] and len(after) == len(before)
+    assert [line for line in after if line not in before] == ["      epochs: 7"] and len(after) == len(before)

@@ -59,6 +59,6 @@ def test_an_inherited_value_stands_with_the_profile_that_has_it(top):
 def test_it_is_readable_and_knows_no_other_profile(top):
     done = run(top, "settings")
     assert "sft.learning_rate" in done.stdout and "profiles.tiny.sft.learning_rate" in done.stdout
-    assert "teachers.expert.seeds" in done.stdout and "0-71" in done.stdout
+    assert "teachers.expert.seeds" in done.stdout and "0-287" in done.stdout
     done = run(top, "settings", "--profile", "nobody")
     assert done.returncode == 2 and "profiles are tiny, tiny_long, smoke, qwen2b, qwen4b, qwen8b" in done.stderr

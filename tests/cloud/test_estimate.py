@@ -35,6 +35,7 @@ MEASURED = {
     "profiles__tiny__student__pretraining__steps": 250,
     "profiles__tiny__student__pretraining__batch_size": 32,
     "profiles__tiny__sft__epochs": 1,
+    "profiles__tiny__sft__batch_size": 16,
     "profiles__tiny__rl__iterations": 11,
     "profiles__tiny__rl__groups": 16,
     "profiles__tiny__rl__group_size": 4,
