@@ -80,7 +80,7 @@ def episodes(name: str, teacher: params.Teacher) -> Iterator[bytes]:
     from apprentice.play import record
     from apprentice.players.scripted import Scripted
 
-    return record(Scripted, (teacher.policy, teacher.rationale), spec(name, teacher), lines=True)
+    return record(Scripted, (teacher.policy, teacher.rationale), spec(name, teacher))
 
 
 def whose(name: str) -> str:

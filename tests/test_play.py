@@ -428,21 +428,17 @@ def test_a_digest_changes_with_a_files_name_place_or_content(tmp_path):
     assert len({base, *others}) == 6
 
 
-def test_only_what_is_missing_is_played_and_more_seeds_only_add(tmp_path, capfd, monkeypatch):
-    monkeypatch.setattr("apprentice.progress.EVERY", 600)  # on a busy machine it would say how far it is, too
+def test_only_what_is_missing_is_played_and_more_seeds_only_add(tmp_path):
     folder = tmp_path / "begun"
     folder.mkdir()
 
     def recorded(seeds) -> list[Episode]:
         spec = Spec(seeds, 4, SHOWN, fingerprint="f", agent="c")
-        return list(map(store.from_bytes, record(Counted, (str(folder),), spec, lines=True)))
+        return list(map(store.from_bytes, record(Counted, (str(folder),), spec)))
 
     three = recorded([8, 2, 5])
     assert [episode.seed for episode in three] == [8, 2, 5]
     assert begun(folder) == [2, 5, 8]
-    assert sorted(capfd.readouterr().err.splitlines()) == [
-        f"seed {seed}: 4 steps, 0 achievements: none" for seed in (2, 5, 8)
-    ]  # a line each, and nothing else
     six = recorded([9, 8, 7, 2, 1, 5])
     assert [episode.seed for episode in six] == [9, 8, 7, 2, 1, 5]
     assert begun(folder) == [1, 2, 5, 7, 8, 9]

@@ -14,7 +14,6 @@ from apprentice.ledger import Ledger
 from apprentice.params import Prompt
 from apprentice.policy import Policy, Turn
 from apprentice.progress import Progress
-from apprentice.stage import told
 from apprentice.workers import in_processes, together
 from apprentice.world.observation import ACTIONS
 from apprentice.world.world import World
@@ -135,14 +134,12 @@ def record(
     spec: Spec,
     while_playing: AbstractContextManager = nullcontext(),  # noqa: B008
     places: Sequence[str | None] | None = None,
-    lines: bool = False,
 ) -> Iterator[bytes]:
     """The episodes of a spec, in order, as `store.to_bytes` has them. What the ledger lacks is played first.
 
     build(*args): the policy, built once in each process. Episodes that one policy plays at once are known by their
     company, and if one is missing all of them are played again. while_playing: what the policy needs to be there,
-    entered only if there is something to play. places: the processes that play, as `in_processes` has them. lines: say
-    what became of each episode.
+    entered only if there is something to play. places: the processes that play, as `in_processes` has them.
     """
     starts = range(0, len(spec.seeds), spec.together)
     groups = [tuple(spec.seeds[start : start + spec.together]) for start in starts]
@@ -157,17 +154,14 @@ def record(
             shown.say(f"{spec.agent}: {len(spec.seeds) - left} of {len(spec.seeds)} episodes are kept from before")
         with shown as progress, while_playing if calls else nullcontext():
             for group, played in in_processes(_play_group, calls, places):
-                for key, (line, data) in zip(keys[group], played, strict=True):
+                for key, data in zip(keys[group], played, strict=True):
                     ledger.add(key, data)
-                    if lines:
-                        progress.say(line)
                 progress.end("episode", len(played))
         yield from ledger.records(key for group in groups for key in keys[group])
 
 
-def _play_group(build, args, spec: Spec) -> tuple[tuple[int, ...], list[tuple[str, bytes]]]:
-    played = play(_built(build, args), spec)
-    return tuple(spec.seeds), [(told(episode), store.to_bytes(episode)) for episode in played]
+def _play_group(build, args, spec: Spec) -> tuple[tuple[int, ...], list[bytes]]:
+    return tuple(spec.seeds), list(map(store.to_bytes, play(_built(build, args), spec)))
 
 
 @lru_cache(maxsize=1)
