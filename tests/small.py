@@ -18,6 +18,7 @@ SMALL = {
     "teachers.expert.seeds": "0-5",
     "teachers.expert.max_steps": 60,
     "benchmark.seeds": "200000-200003",
+    "benchmark.students": {name: f"models/{name}" for name in ("base", "sft", "distill", "rl")},
     "benchmark.max_steps": 10,
     "benchmark.bootstrap_samples": 100,
     "profiles.tiny.sampling.batch_size": 2,

@@ -264,7 +264,7 @@ def direct(repository) -> Iterator[Callable[[], set[str]]]:
 
 
 AGENTS = {"benchmark@random", "benchmark@noop", "benchmark@expert"}
-STUDENTS = {f"benchmark_student@{name}" for name in ("base", "sft", "distill", "rl")}
+STUDENTS = {f"benchmark_student@{name}" for name in ("base", "sft", "rl")}
 
 
 @pytest.mark.parametrize(
