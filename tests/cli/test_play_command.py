@@ -66,7 +66,7 @@ def test_a_film_has_a_frame_for_each_step(folder):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["nobody"], "there is no agent 'nobody'; there are random, noop, expert, base, sft, rl, api, me"),
+        (["nobody"], "there is no agent 'nobody'; there are random, noop, expert, base, sft, distill, rl, api, me"),
         (["me"], "needs a terminal"),
         (["noop", "--seed", str(2**31)], "2147483647"),
         (["expert", "--gif", "a.mp4"], "a.mp4 must end in .gif"),
