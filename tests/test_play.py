@@ -504,6 +504,19 @@ def test_workers_end_when_their_results_are_no_longer_wanted():
     assert not multiprocessing.active_children()
 
 
+def much(size: int) -> bytes:
+    return bytes(size)
+
+
+def test_workers_end_while_they_send_a_result():
+    results = in_processes(much, [(1,), *[(1 << 25,)] * 20])
+    assert next(results)
+    ending = threading.Thread(target=results.close, daemon=True)
+    ending.start()
+    ending.join(30)
+    assert not ending.is_alive(), "it waits for what a killed worker has not sent"
+
+
 ORPHANS = """
 import sys, time
 from pathlib import Path

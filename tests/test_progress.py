@@ -127,9 +127,9 @@ def test_durations(seconds, said):
 
 def test_a_stage_says_which_of_all_it_is(monkeypatch):
     monkeypatch.chdir(ROOT)
-    assert place("settings") == "stage 1 of 19: settings"
-    assert place("benchmark@expert") == "stage 12 of 19: benchmark@expert"
-    assert place("report") == "stage 19 of 19: report"
+    assert place("settings") == "stage 1 of 18: settings"
+    assert place("benchmark@expert") == "stage 12 of 18: benchmark@expert"
+    assert place("report") == "stage 18 of 18: report"
 
 
 def test_a_bad_setting_says_how_what_dvc_removed_comes_back(tmp_path):
