@@ -27,6 +27,7 @@ SMALL = {
     "profiles.tiny.student.pretraining.steps": 40,
     "profiles.tiny.student.pretraining.batch_size": 8,
     "profiles.tiny.sft.epochs": 1,
+    "profiles.tiny.sft.batch_size": 16,
     "profiles.tiny.sft.eval_steps": 5,
     "profiles.tiny.distill.rounds": 2,
     "profiles.tiny.distill.worlds": 4,
