@@ -60,7 +60,8 @@ def in_processes(
     except BaseException:
         for process in list((pool._processes or {}).values()):
             process.kill()
-        pool._result_queue._writer.close()  # or the rest of a result would be waited for, whose sender was killed
+        results: Any = pool._result_queue
+        results._writer.close()  # or the rest of a result would be waited for, whose sender was killed
         raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
