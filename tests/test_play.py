@@ -513,7 +513,7 @@ def test_workers_end_while_they_send_a_result():
     assert next(results)
     ending = threading.Thread(target=results.close, daemon=True)
     ending.start()
-    ending.join(30)
+    ending.join(100)
     assert not ending.is_alive(), "it waits for what a killed worker has not sent"
 
 
