@@ -70,7 +70,7 @@ def launch(
     if on is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(on)  # which the ranks inherit
     if ranks == 1 and not group and on is None:
-        torch.set_num_threads(1)
+        _set_threads(ranks)
         _work(work, relief, args)
         return
     with socket.socket() as free:
@@ -116,14 +116,17 @@ def _rank(rank: int, work: Callable[..., None], ranks: int, port: int, relief: s
     os.environ |= {name: str(rank) for name in ("RANK", "LOCAL_RANK")}
     os.environ |= {name: str(ranks) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
-    torch.set_num_threads(1)
     if gpus.used():
         torch.cuda.set_device(rank)
-        torch.set_num_threads(max(1, cores() // ranks))
+    _set_threads(ranks)
     try:
         _work(work, relief, args)
     except (ConfigError, WorkError) as error:
         fail(error)
+
+
+def _set_threads(ranks: int) -> None:
+    torch.set_num_threads(max(1, cores() // ranks) if gpus.used() else 1)
 
 
 def _work(work: Callable[..., None], relief: str, args: tuple) -> None:
