@@ -79,14 +79,17 @@ def test_what_is_under_way_counts_as_far_as_it_has_come(clock):
 
 
 def test_where_it_is_no_terminal_a_line_comes_now_and_then():
-    began = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", SHOW], capture_output=True, text=True, check=True)
-    lines = done.stderr.splitlines()
-    assert not done.stdout and "\r" not in done.stderr and "\x1b" not in done.stderr
-    assert [line for line in lines if line.startswith("line")] == [f"line {number}" for number in range(4)]
-    others = [line for line in lines if not line.startswith("line")]
-    assert 3 <= len(others) <= (time.monotonic() - began) / 0.3 and all(line.startswith("rl ") for line in others)
-    assert others[0].startswith("rl 0/4: play for ") and "left" in others[-1]  # on a busy machine later than it should
+    for again in (True, True, False):  # on a busy machine a line comes later than it should
+        done = subprocess.run([sys.executable, "-c", SHOW], capture_output=True, text=True, check=True)
+        lines = done.stderr.splitlines()
+        assert not done.stdout and "\r" not in done.stderr and "\x1b" not in done.stderr
+        assert [line for line in lines if line.startswith("line")] == [f"line {number}" for number in range(4)]
+        others = [line for line in lines if not line.startswith("line")]
+        assert all(line.startswith("rl ") for line in others)
+        in_time = 5 <= len(others) <= 9 and others[0] == "rl 0/4: play for 0 s" and "left" in others[-1]
+        if in_time or not again:
+            break
+    assert in_time, others
 
 
 def test_in_a_terminal_one_line_is_written_again_and_again():
