@@ -333,7 +333,8 @@ def sft(size: str, top: Path, changes: dict, steps: int) -> Iterator[dict]:
     before = measured_from_here()
     unlike = {"max_steps": steps, "eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False}
     unlike |= {"dataloader_num_workers": 0, "dataloader_persistent_workers": False, "disable_tqdm": True}
-    with mock.patch("trl.SFTConfig", lambda **settings: SFTConfig(**settings | unlike)):
+    unlike["dataloader_multiprocessing_context"] = None
+    with mock.patch("apprentice.training.sft.SFTConfig", lambda **settings: SFTConfig(**settings | unlike)):
         args = stage.arguments(profile, top / "sft", micro, 1)
     if lora.quantization:
         base = folder(size, top) / "models/base"

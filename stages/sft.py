@@ -140,6 +140,7 @@ def arguments(profile: params.Profile, checkpoints: Path, rows: int, accumulatio
         logging_steps=25 if sft.eval_steps < 1 else min(sft.eval_steps, 25),
         deepspeed=memory.zero_config(sft.zero),
         dataloader_num_workers=readers,
+        dataloader_multiprocessing_context=devices.READERS if readers else None,
         dataloader_persistent_workers=readers > 0,
         **live.reporting(OUT.name),
     )

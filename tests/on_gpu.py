@@ -325,19 +325,21 @@ def _play(top: Path, profile: params.Profile) -> tuple[int, float, float]:
 
 def test_gradient_checkpointing_changes_no_gradient_and_takes_less_memory(taught, worker):
     found = worker(_gradients, taught, settings(taught))
-    (loss, gradients, memory), (same, others, less) = found[False], found[True]
+    (loss, gradients, kept, memory), (same, others, fewer, less) = found[False], found[True]
     print(
-        f"loss {loss:.4f} and {same:.4f}; peak memory {memory / 2**30:.1f} GiB, with checkpointing {less / 2**30:.1f}"
+        f"loss {loss:.4f} and {same:.4f}; kept {kept / 2**30:.1f} GiB, with checkpointing {fewer / 2**30:.1f}; "
+        f"peak memory {memory / 2**30:.1f} GiB, with checkpointing {less / 2**30:.1f}"
     )
     assert same == pytest.approx(loss, rel=1e-3) and gradients.keys() == others.keys()
     for name, gradient in gradients.items():
         assert gradient.norm() > 0, name
         assert (others[name] - gradient).norm() < 0.1 * gradient.norm(), name
-    assert REHEARSED or less < memory
+    assert fewer < kept / 2 and (REHEARSED or less < 0.8 * memory)
 
 
-def _gradients(top: Path, profile: params.Profile) -> dict[bool, tuple[float, dict[str, torch.Tensor], int]]:
-    """Loss, gradients of the adapter and peak memory in bytes of a micro-batch, without checkpointing and with."""
+def _gradients(top: Path, profile: params.Profile) -> dict[bool, tuple[float, dict[str, torch.Tensor], int, int]]:
+    """Loss, gradients of the adapter, bytes kept for them, and peak memory in bytes of a training step, without
+    checkpointing and with."""
     from apprentice.student import loading
     from apprentice.student.encoding import batch, encode_all
     from apprentice.training.sft import SftTrainer
@@ -345,35 +347,43 @@ def _gradients(top: Path, profile: params.Profile) -> dict[bool, tuple[float, di
     sys.path.append(str(ROOT / "stages"))
     import sft
     from datasets import Dataset
+    from transformers import TrainerCallback
+
+    class Gradients(TrainerCallback):
+        def on_pre_optimizer_step(self, *_, model, **__):
+            self.found = {
+                name: parameter.grad.float().cpu()
+                for name, parameter in model.named_parameters()
+                if parameter.requires_grad
+            }
 
     found = {}
     for checkpointing in (False, True):
         changes = {"gradient_checkpointing": checkpointing, "zero": params.Zero()}
         changed = profile.model_copy(update={"sft": profile.sft.model_copy(update=changes)})
         model, processor = loading.load(top / "models/base", top / "models/sft", profile.dtype, trainable=True)
+        rows = batch(processor, encode_all(processor, _rows(top, 4)))
+        args = sft.arguments(changed, top / "gradients", 4, 1, validated=False)
+        args.max_steps, args.save_strategy, args.dataloader_num_workers = 1, "no", 0
+        args.dataloader_persistent_workers, args.dataloader_multiprocessing_context = False, None
         trainer = SftTrainer(
             model=model,
-            args=sft.arguments(changed, top / "gradients", 4, 1),
-            train_dataset=Dataset.from_dict({"images": [[0]] * 8}),
-            eval_dataset=Dataset.from_dict({"images": [[0]] * 8}),
-            data_collator=lambda rows: rows,
+            args=args,
+            train_dataset=Dataset.from_dict({"images": [[0]] * 4}),
+            data_collator=lambda _, rows=rows: dict(rows),
             processing_class=processor,
+            callbacks=[gradients := Gradients()],
         )
-        trainer.model.train()
         for module in trainer.model.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
         if gpus.used():
             torch.cuda.reset_peak_memory_stats()
-        rows = batch(processor, encode_all(processor, _rows(top, 4)))
-        trainer.current_gradient_accumulation_steps = 1
-        loss = trainer.training_step(trainer.accelerator.prepare(trainer.model), rows)  # with autocast, as in train()
-        gradients = {
-            name: parameter.grad.float().cpu()
-            for name, parameter in trainer.model.named_parameters()
-            if parameter.requires_grad
-        }
-        found[checkpointing] = loss.item(), gradients, torch.cuda.max_memory_allocated() if gpus.used() else 0
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda part: (kept.append(part.nbytes), part)[1], lambda part: part):
+            trainer.train()
+        memory = torch.cuda.max_memory_allocated() if gpus.used() else 0
+        found[checkpointing] = trainer.state.log_history[0]["train_loss"], gradients.found, sum(kept), memory
         del trainer, model
         gc.collect()
     return found

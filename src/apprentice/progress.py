@@ -20,7 +20,7 @@ EVERY = 30.0
 
 
 def quiet() -> None:
-    """Let libraries keep to themselves what is meant for their programmers: deprecations, and bars of their own.
+    """Let libraries keep to themselves what is meant for their programmers: deprecations, bars, reports of their use.
 
     For the programs of stages, and the processes that work for them. What the user has set stays.
     """
@@ -29,6 +29,7 @@ def quiet() -> None:
         warnings.filterwarnings("ignore", re.escape(message), getattr(builtins, category))
     os.environ.setdefault("PYTHONWARNINGS", ",".join(f"ignore:{message}:{category}" for message, category in unwanted))
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' as well
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL would report each training to the hub
     logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
 
 

@@ -27,6 +27,8 @@ from apprentice.student.template import TEMPLATE
 from apprentice.world import png
 from apprentice.world.observation import SIZE
 
+_PIXELS = (16 * SIZE) ** 2
+"""Of the largest picture, by the highest `prompt.scale`. What Qwen calls edges are numbers of pixels."""
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """The LoRA ranks that vLLM's kernels are made for."""
 ENDED = ".ended"
@@ -221,6 +223,7 @@ def command(settings: Vllm, base: Path, url: str, dtype: str, rank: int, on_gpu:
         **{"--host": host, "--port": port, "--served-model-name": "base", "--dtype": dtype.replace("mixed", "float32")},
         "--max-model-len": settings.max_model_len,
         "--limit-mm-per-prompt": json.dumps({"image": 1, "video": 0}),
+        **_pictures(base),
         "--tool-call-parser": "hermes",
         # Our template, and none of the sampling settings that a model comes with.
         **{"--chat-template": TEMPLATE, "--generation-config": "vllm"},
@@ -244,6 +247,22 @@ def command(settings: Vllm, base: Path, url: str, dtype: str, rank: int, on_gpu:
     switches += ["--disable-uvicorn-access-log"]
     flat = [str(part) for pair in flags.items() for part in pair]
     return [str(program(settings)), "serve", str(base), *flat, *switches]
+
+
+def _pictures(base: Path) -> dict[str, str]:
+    """The flag by which a server is ready for pictures as large as a prompt shows them, and no larger.
+
+    Qwen3-VL takes up to 16,384 tokens a picture, and vLLM neither has steps that long on an H100, nor would it have
+    memory to spare for them.
+    """
+    for name in ("processor_config.json", "preprocessor_config.json"):  # as transformers writes it, and as the hub has it
+        if (base / name).exists():
+            found = json.loads((base / name).read_text())
+            size = found.get("image_processor", found).get("size", {})
+            if size.get("longest_edge", 0) > _PIXELS:
+                bounded = {"shortest_edge": size["shortest_edge"], "longest_edge": _PIXELS}
+                return {"--mm-processor-kwargs": json.dumps({"size": bounded})}
+    return {}
 
 
 class Servers:

@@ -42,10 +42,15 @@ def layout(
 def readers() -> int:
     """How many processes prepare the rows of this rank: none without a GPU, where all cores train.
 
-    Four keep up with an H200 several times over (benchmarks/sft_data.py).
+    Four keep up with an H200 several times over (benchmarks/sft_data.py). They are to be begun by `READERS`.
     """
     share = cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return min(4, max(1, share - 1)) if gpus.used() else 0
+    return min(4, max(1, share - 1)) if gpus.names() else 0
+
+
+READERS = "fork"
+"""How they begin: at once. A rank has been spawned, and so would they be, each importing torch anew, one after another.
+They compute on no GPU."""
 
 
 def launch(
