@@ -94,7 +94,7 @@ def test_what_was_not_measured_is_a_range_with_its_reason(settings, size):
 
 
 def test_the_gpus_are_those_of_compute_yaml(settings):
-    qwen = settings(profile="qwen2b")
+    qwen = settings(profile="qwen4b")  # of which neither card was measured: both have the same rates
     two, eight = (lines(qwen, sft={"accelerators": f"H100:{count}"})["sft"] for count in (2, 8))
     assert (two["gpus"], eight["gpus"]) == (2, 8) and "× H100 at $3.00" in two["how"]
     assert two["hours"] == pytest.approx([4 * hours for hours in eight["hours"]])
@@ -254,7 +254,7 @@ def test_the_command_says_it_for_people_and_for_scripts(settings, tmp_path):
     for line in found["stages"]:
         assert line["stage"] in said and line["sources"]
     low, high = found["usd"]
-    assert f"${low:.2f} to {high:.2f}" in said and "not measured; half to all" in said
+    assert f"${low:.2f} to {high:.2f}" in said and "not measured; from 2B's on one H100" in said
 
 
 def test_without_parameters_it_is_one_sentence_and_code_2(tmp_path):

@@ -140,6 +140,22 @@ def test_a_server_is_started_with_the_flags_that_this_needs(program, sleeps, mem
     assert values.get("--gpu-memory-utilization") == (memory and str(memory))
 
 
+@pytest.mark.parametrize("name", ["processor_config.json", "preprocessor_config.json"])
+def test_a_server_is_ready_for_the_largest_picture_of_a_prompt_not_of_the_model(program, tmp_path, name):
+    """vLLM ends at once where a picture may have more tokens than its steps: 16,384 with Qwen3-VL, 8,192 on an H100."""
+
+    def bounds(longest: int) -> dict:
+        processor = {"size": {"shortest_edge": 65_536, "longest_edge": longest}}
+        found = {"image_processor": processor} if name == "processor_config.json" else processor
+        (tmp_path / name).write_text(json.dumps(found))
+        started = vllm.command(Vllm(program=program), tmp_path, "http://127.0.0.1:8123", "bfloat16", 9, True, False)
+        values = dict(zip(started, started[1:], strict=False))
+        return json.loads(values.get("--mm-processor-kwargs", "{}"))
+
+    assert bounds(16_777_216) == {"size": {"shortest_edge": 65_536, "longest_edge": 1_327_104}}
+    assert bounds(1_327_104) == {}  # tokens, 32 × 32 pixels each: 1,296
+
+
 def test_each_setting_is_a_flag_of_the_servers(program):
     """Without a GPU too: a CPU has neither memory nor several cards to share."""
     asked = Path("models/base"), "http://127.0.0.1:8123", "bfloat16", 9

@@ -1,5 +1,6 @@
 """Batches are the same on any number of devices; ranks work together, fail together and end together."""
 
+import json
 import os
 import signal
 import subprocess
@@ -34,6 +35,34 @@ def test_cores_share_a_batch_that_is_worth_it(monkeypatch):
     assert devices.layout(16, 64) == (2, 8, 1)
     assert devices.layout(8, 64) == (1, 8, 1)
     assert devices.layout(64, 64, most=2) == (2, 32, 1)
+
+
+def read_rows(folder: Path) -> None:
+    from torch.utils.data import DataLoader
+
+    loader = DataLoader(_Importing(), 1, num_workers=2, multiprocessing_context=devices.READERS)
+    folder.joinpath("read").write_text(str([int(row) for row in loader]))
+
+
+class _Importing:
+    """Rows that say which process has imported this file: a reader that begins anew imports it again."""
+
+    imported = os.getpid()
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, place: int) -> int:
+        return self.imported
+
+
+def test_readers_of_rows_begin_with_what_their_rank_has_imported(tmp_path, monkeypatch):
+    monkeypatch.setenv(gpus.REHEARSAL, "1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    assert devices.readers() > 0
+    devices.launch(read_rows, 1, tmp_path, group=True)  # which spawns the rank
+    first, second = json.loads(tmp_path.joinpath("read").read_text())
+    assert first == second != os.getpid()
 
 
 def add(folder: Path) -> None:

@@ -255,7 +255,10 @@ def _pictures(base: Path) -> dict[str, str]:
     Qwen3-VL takes up to 16,384 tokens a picture, and vLLM neither has steps that long on an H100, nor would it have
     memory to spare for them.
     """
-    for name in ("processor_config.json", "preprocessor_config.json"):  # as transformers writes it, and as the hub has it
+    for name in (
+        "processor_config.json",
+        "preprocessor_config.json",
+    ):  # as transformers writes it, and as the hub has it
         if (base / name).exists():
             found = json.loads((base / name).read_text())
             size = found.get("image_processor", found).get("size", {})
