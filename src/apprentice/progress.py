@@ -112,7 +112,7 @@ class Progress:
         """Print a line that stays."""
         if self.shown:
             _clear()
-            print(line, file=sys.stderr, flush=True)
+            _write(f"{line}\n")
 
     def __str__(self) -> str:
         left, now = self.left(), f"{self._now} for {duration(time.monotonic() - self._mark)}" if self._now else ""
@@ -125,9 +125,9 @@ class Progress:
         while not self._ended.wait(0.5 if live else EVERY):
             if live:
                 width = shutil.get_terminal_size().columns - 1
-                print(f"\r{str(self)[:width]}\x1b[K", end="\r", file=sys.stderr, flush=True)
+                _write(f"\r{str(self)[:width]}\x1b[K\r")
             else:
-                print(self, file=sys.stderr, flush=True)
+                _write(f"{self}\n")
 
 
 def counted(items: Iterable[T], name: str, total: int, unit: str) -> Iterator[T]:
@@ -140,4 +140,10 @@ def counted(items: Iterable[T], name: str, total: int, unit: str) -> Iterator[T]
 
 def _clear() -> None:
     if sys.stderr.isatty():
-        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+        _write("\r\x1b[K")
+
+
+def _write(text: str) -> None:
+    """At once: print writes a line's end by itself, and another thread's line can come before it."""
+    sys.stderr.write(text)
+    sys.stderr.flush()
