@@ -238,7 +238,7 @@ def test_memory_does_not_grow_with_the_rows(tiny, tmp_path):
 
 def test_readers_leave_the_cores_to_training_where_there_is_no_gpu(monkeypatch):
     assert devices.readers() == 0
-    monkeypatch.setattr("apprentice.gpus.used", lambda: True)
+    monkeypatch.setattr("apprentice.gpus.names", lambda: ["0"])
     monkeypatch.setattr(devices, "cores", lambda: 16)
     assert devices.readers() == 4
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
