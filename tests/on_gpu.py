@@ -380,9 +380,12 @@ def _gradients(top: Path, profile: params.Profile) -> dict[bool, tuple[float, di
         if gpus.used():
             torch.cuda.reset_peak_memory_stats()
         kept = []
-        with torch.autograd.graph.saved_tensors_hooks(
-            lambda part: (kept.append(part.nbytes), part)[1], lambda part: part
-        ):
+
+        def keep(part: torch.Tensor, kept: list[int] = kept) -> torch.Tensor:
+            kept.append(part.nbytes)
+            return part
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda part: part):
             trainer.train()
         memory = torch.cuda.max_memory_allocated() if gpus.used() else 0
         found[checkpointing] = trainer.state.log_history[0]["train_loss"], gradients.found, sum(kept), memory
