@@ -139,9 +139,9 @@ def arguments(profile: params.Profile, checkpoints: Path, rows: int, accumulatio
         metric_for_best_model="eval_loss",
         logging_steps=25 if sft.eval_steps < 1 else min(sft.eval_steps, 25),
         deepspeed=memory.zero_config(sft.zero),
-        dataloader_num_workers=readers,
-        dataloader_multiprocessing_context=devices.READERS if readers else None,
-        dataloader_persistent_workers=readers > 0,
+        dataloader_num_workers=readers["num_workers"],
+        dataloader_multiprocessing_context=readers["multiprocessing_context"],
+        dataloader_persistent_workers=readers["persistent_workers"],
         **live.reporting(OUT.name),
     )
 

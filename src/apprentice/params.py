@@ -31,6 +31,8 @@ from apprentice.schema import Section, checked, parsed
 
 PATH = Path("params.yaml")
 """Where a stage finds its parameters: in the folder it is run in, as DVC does."""
+MOST_SCALE = 16
+"""The most that `prompt.scale` enlarges a picture by; servers are told how large that is."""
 
 
 def seeds(value: Any) -> tuple[int, ...]:
@@ -84,7 +86,7 @@ class Prompt(Section):
     """Show (x, y) on the map."""
     picture: Literal["whole", "world"] = "whole"
     """The world's 9 × 7 cells with two rows of inventory below, or the world alone: 63 cells instead of 81."""
-    scale: Annotated[int, Field(ge=1, le=16)] = 1
+    scale: Annotated[int, Field(ge=1, le=MOST_SCALE)] = 1
     """The recorded picture (72 pixels) is enlarged by this factor, without smoothing."""
 
 

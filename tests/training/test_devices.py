@@ -40,7 +40,7 @@ def test_cores_share_a_batch_that_is_worth_it(monkeypatch):
 def read_rows(folder: Path) -> None:
     from torch.utils.data import DataLoader
 
-    loader = DataLoader(_Importing(), 1, num_workers=2, multiprocessing_context=devices.READERS)
+    loader = DataLoader(_Importing(), 1, **devices.readers() | {"num_workers": 2})
     folder.joinpath("read").write_text(str([int(row) for row in loader]))
 
 
@@ -59,7 +59,7 @@ class _Importing:
 def test_readers_of_rows_begin_with_what_their_rank_has_imported(tmp_path, monkeypatch):
     monkeypatch.setenv(gpus.REHEARSAL, "1")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
-    assert devices.readers() > 0
+    assert devices.readers()["num_workers"]
     devices.launch(read_rows, 1, tmp_path, group=True)  # which spawns the rank
     first, second = json.loads(tmp_path.joinpath("read").read_text())
     assert first == second != os.getpid()

@@ -237,9 +237,9 @@ def test_memory_does_not_grow_with_the_rows(tiny, tmp_path):
 
 
 def test_readers_leave_the_cores_to_training_where_there_is_no_gpu(monkeypatch):
-    assert devices.readers() == 0
+    assert devices.readers()["num_workers"] == 0
     monkeypatch.setattr("apprentice.gpus.names", lambda: ["0"])
     monkeypatch.setattr(devices, "cores", lambda: 16)
-    assert devices.readers() == 4
+    assert devices.readers()["num_workers"] == 4
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    assert devices.readers() == 1
+    assert devices.readers()["num_workers"] == 1

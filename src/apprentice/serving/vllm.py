@@ -23,12 +23,13 @@ from apprentice.cache import cache_folder
 from apprentice.compute import Vllm
 from apprentice.errors import ConfigError, WorkError
 from apprentice.files import digest
+from apprentice.params import MOST_SCALE
 from apprentice.student.template import TEMPLATE
 from apprentice.world import png
 from apprentice.world.observation import SIZE
 
-_PIXELS = (16 * SIZE) ** 2
-"""Of the largest picture, by the highest `prompt.scale`. What Qwen calls edges are numbers of pixels."""
+_PIXELS = (MOST_SCALE * SIZE) ** 2
+"""Of the largest picture of a prompt. What Qwen calls edges are numbers of pixels."""
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """The LoRA ranks that vLLM's kernels are made for."""
 ENDED = ".ended"
@@ -253,12 +254,10 @@ def _pictures(base: Path) -> dict[str, str]:
     """The flag by which a server is ready for pictures as large as a prompt shows them, and no larger.
 
     Qwen3-VL takes up to 16,384 tokens a picture, and vLLM neither has steps that long on an H100, nor would it have
-    memory to spare for them.
+    memory to spare for them. Which pictures it takes stands in one of two files: transformers writes the first, the hub
+    has the other.
     """
-    for name in (
-        "processor_config.json",
-        "preprocessor_config.json",
-    ):  # as transformers writes it, and as the hub has it
+    for name in ("processor_config.json", "preprocessor_config.json"):
         if (base / name).exists():
             found = json.loads((base / name).read_text())
             size = found.get("image_processor", found).get("size", {})

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from functools import cache
+from typing import Any
 
 import torch
 from torch import distributed, multiprocessing
@@ -39,18 +40,16 @@ def layout(
     return ranks, share // accumulation, accumulation
 
 
-def readers() -> int:
-    """How many processes prepare the rows of this rank: none without a GPU, where all cores train.
+def readers() -> dict[str, Any]:
+    """DataLoader's settings of the processes that prepare this rank's rows: none without a GPU, where all cores train.
 
-    Four keep up with an H200 several times over (benchmarks/sft_data.py). They are to be begun by `READERS`.
+    Four keep up with an H200 several times over (benchmarks/sft_data.py). They are forked and so begin at once. A rank
+    has been spawned, and so would they be, each importing torch anew, one after another. They compute on no GPU.
     """
     share = cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return min(4, max(1, share - 1)) if gpus.names() else 0
-
-
-READERS = "fork"
-"""How they begin: at once. A rank has been spawned, and so would they be, each importing torch anew, one after another.
-They compute on no GPU."""
+    count = min(4, max(1, share - 1)) if gpus.names() else 0
+    begun = "fork" if count else None
+    return {"num_workers": count, "multiprocessing_context": begun, "persistent_workers": count > 0}
 
 
 def launch(

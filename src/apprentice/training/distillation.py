@@ -366,11 +366,7 @@ class DistillTrainer(SftTrainer):
         shared = order[begin * size * ranks * self.args.gradient_accumulation_steps :].reshape(-1, ranks, size)
         mine = shared[:, self.accelerator.process_index].reshape(-1).tolist()
         rows: Subset = Subset(ConcatDataset([file.dataset for file in files]), mine)
-        readers = devices.readers()
-        begun = devices.READERS if readers else None
-        yield from DataLoader(
-            rows, size, collate_fn=files[0].collate, num_workers=readers, multiprocessing_context=begun
-        )
+        yield from DataLoader(rows, size, collate_fn=files[0].collate, **devices.readers())
 
 
 def draw(fits: Sequence[np.ndarray], lengths: Sequence[np.ndarray], distill: Distill, number: int) -> np.ndarray:
