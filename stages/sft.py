@@ -141,7 +141,7 @@ def arguments(profile: params.Profile, checkpoints: Path, rows: int, accumulatio
         deepspeed=memory.zero_config(sft.zero),
         dataloader_num_workers=readers["num_workers"],
         dataloader_multiprocessing_context=readers["multiprocessing_context"],
-        dataloader_persistent_workers=readers["persistent_workers"],
+        dataloader_persistent_workers=readers["num_workers"] > 0,
         **live.reporting(OUT.name),
     )
 

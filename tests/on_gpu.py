@@ -357,6 +357,12 @@ def _gradients(top: Path, profile: params.Profile) -> dict[bool, tuple[float, di
                 if parameter.requires_grad
             }
 
+    kept: list[int] = []
+
+    def keep(part: torch.Tensor) -> torch.Tensor:
+        kept.append(part.nbytes)
+        return part
+
     found = {}
     for checkpointing in (False, True):
         changes = {"gradient_checkpointing": checkpointing, "zero": params.Zero()}
@@ -379,12 +385,7 @@ def _gradients(top: Path, profile: params.Profile) -> dict[bool, tuple[float, di
                 module.p = 0.0
         if gpus.used():
             torch.cuda.reset_peak_memory_stats()
-        kept = []
-
-        def keep(part: torch.Tensor, kept: list[int] = kept) -> torch.Tensor:
-            kept.append(part.nbytes)
-            return part
-
+        kept.clear()
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda part: part):
             trainer.train()
         memory = torch.cuda.max_memory_allocated() if gpus.used() else 0

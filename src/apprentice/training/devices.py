@@ -48,8 +48,7 @@ def readers() -> dict[str, Any]:
     """
     share = cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     count = min(4, max(1, share - 1)) if gpus.names() else 0
-    begun = "fork" if count else None
-    return {"num_workers": count, "multiprocessing_context": begun, "persistent_workers": count > 0}
+    return {"num_workers": count, "multiprocessing_context": "fork" if count else None}
 
 
 def launch(
