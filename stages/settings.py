@@ -54,6 +54,10 @@ def parts(settings: params.Params) -> dict[str, Any]:
         },
         "held_out": settings.held_out,
         "student/answers": {"max_tokens": settings.active.sampling.max_tokens},
+        # Without play, how it's played does not shape sft.
+        "student/held_out_play": {name: profile[name] for name in ("prompt", "sampling")}
+        if settings.active.sft.evaluation
+        else None,
         "sources": [*whole["teachers"], *whole["imports"]],
     }
 

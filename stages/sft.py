@@ -3,7 +3,8 @@
     dvc repro sft        or: python stages/sft.py
 
 The loss is on the answers only. Validated every `eval_steps`, the adapter with the lowest validation loss is
-kept; where nothing is held out, the last one.
+kept; where nothing is held out, the last one. With `evaluation`, the student plays held-out worlds at each validation,
+and the adapter that does best there can be kept instead.
 Checkpoints lie in the user's cache, named by everything that shapes them: a killed run continues.
 """
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from transformers import Qwen3VLProcessor
 
     from apprentice.training.examples import Rows
+    from apprentice.training.live import Live
+    from apprentice.training.own_play import OwnPlay
     from apprentice.training.sft import SftTrainer
 
 BASE, OUT = Path("models/base"), Path("models/sft")
@@ -34,9 +37,11 @@ def main() -> None:
     compute.reporters()  # before minutes of work
     profile, sft, where = settings.active, settings.active.sft, f"profiles.{settings.profile}"
 
+    from apprentice import gpus
     from apprentice.cache import cache_folder
     from apprentice.files import digest
     from apprentice.fingerprint import code, fingerprint
+    from apprentice.serving import vllm
     from apprentice.student import adapter
     from apprentice.training import devices, memory
 
@@ -48,20 +53,25 @@ def main() -> None:
         for name, path in DATA.items()
         if path.stat().st_size
     }
+    if sft.evaluation and "val" not in surveys:
+        print(f"sft: there are no rows to validate on, so {where}.sft.evaluation has no occasion to play, either")
+    evaluation = sft.evaluation if "val" in surveys else None
     left_out = sum(too_long(name, survey, profile, where) for name, survey in surveys.items())
-    ranks, rows, accumulation = devices.layout(sft.batch_size, sft.micro_batch_size)
+    serving = compute.load().vllm
+    plays = vllm.plan(serving, gpus.names(), training=True) if evaluation else vllm.Plan(())
+    ranks, rows, accumulation = devices.layout(sft.batch_size, sft.micro_batch_size, on=plays.training)
     shaping: dict[str, Any] = {"sft": sft.model_dump(mode="json"), "dtype": profile.dtype}
     shaping |= {"inputs": list(inputs.values()), "answers": profile.sampling.max_tokens}
     if sft.zero.stage:
         shaping["ranks"] = ranks  # each has its part of a checkpoint
+    if evaluation:
+        shaping |= {name: getattr(profile, name).model_dump(mode="json") for name in ("prompt", "sampling")}
     checkpoints = cache_folder() / "sft" / fingerprint(**shaping, code=made_by)
-    devices.launch(
-        train,
-        ranks,
-        *(profile, surveys, left_out, checkpoints, rows, accumulation),
-        group=sft.zero.stage > 0,
-        relief=memory.relief(f"{where}.sft", sft),
-    )
+    relief = memory.relief(f"{where}.sft", sft)
+    with vllm.Servers(plays, serving, BASE, profile.dtype, [], rank=sft.lora.rank) as students:
+        of_run = (profile, surveys, left_out, checkpoints)
+        work = (train, ranks, *of_run, rows, accumulation, students.servers, plays.sleeps)
+        devices.launch(*work, group=sft.zero.stage > 0, relief=relief, on=plays.training)
 
 
 def too_long(name: str, survey: str, profile: params.Profile, where: str) -> int:
@@ -81,14 +91,25 @@ def too_long(name: str, survey: str, profile: params.Profile, where: str) -> int
 
 
 def train(
-    profile: params.Profile, surveys: dict[str, str], left_out: int, checkpoints: Path, rows: int, accumulation: int
+    profile: params.Profile,
+    surveys: dict[str, str],
+    left_out: int,
+    checkpoints: Path,
+    rows: int,
+    accumulation: int,
+    servers: tuple,
+    sleeping: bool,
 ) -> None:
-    """What each rank does. surveys: the name of each file's, of those that have rows. rows: at once, in each rank."""
+    """What each rank does. surveys: the name of each file's, of those that have rows. rows: at once, in each rank.
+    servers: that play held-out worlds; none plays in process. sleeping: they and the trainer take turns."""
     from transformers import EarlyStoppingCallback
 
     from apprentice.student import loading
     from apprentice.training.checkpoints import Often, Whole, last_checkpoint
     from apprentice.training.live import Live
+    from apprentice.training.own_play import OwnPlay
+    from apprentice.training.probe import Probe
+    from apprentice.training.sampler import sampler
     from apprentice.training.sft import SftTrainer
 
     sft = profile.sft
@@ -110,15 +131,34 @@ def train(
     )
     news = {"loss": ("loss", ".3f"), "eval_loss": ("validation loss", ".3f")}
     news["eval_mean_token_accuracy"] = ("token accuracy", ".1%")
+    news["eval_achievements"] = ("held-out achievements", ".2f")
     live = Live(trainer, OUT.name, partial(plan, trainer), write_curves, news, stays="eval_loss")
     if sft.zero.stage < 3:  # there no rank has a whole weight to fold
         loading.fold(trainer.model)
+    player, held_out = None, sft.evaluation if validated else None
+    if held_out:
+        temperature = profile.sampling.temperature or 1.0
+        probe = partial(Probe, held_out.seeds, profile.prompt, temperature, held_out.max_sampler_mismatch)
+        player = sampler(servers, profile, BASE, processor, checkpoints, sleeping, probe)
+        trainer.held_out = partial(played, OwnPlay(trainer, player, profile, checkpoints), held_out, live)
     trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints))
     live.close()
+    if player:
+        player.close()
     # With stage 3 each rank has a part of the weights, and all bring them together.
     weights = trainer.accelerator.get_state_dict(trainer.model_wrapped) if sft.zero.stage == 3 else None
     if trainer.is_world_process_zero():
         write(trainer, weights, processor, profile, surveys, left_out)
+
+
+def played(play: "OwnPlay", worlds: params.SftEvaluation, live: "Live", step: int) -> dict[str, float]:
+    """What the student's play on held-out worlds comes to after so many steps."""
+    from apprentice.training.own_play import outcome
+
+    live.begin("held-out play")
+    episodes = play.held_out(worlds.seeds, worlds.max_steps, play.profile.sft.random_seed, step)
+    live.end("held-out play")
+    return outcome(episodes)
 
 
 def arguments(profile: params.Profile, checkpoints: Path, rows: int, accumulation: int, validated: bool = True):
@@ -127,6 +167,7 @@ def arguments(profile: params.Profile, checkpoints: Path, rows: int, accumulatio
     from apprentice.training.sft import config
 
     sft, readers = profile.sft, devices.readers()
+    by_play = sft.evaluation and sft.evaluation.keep == "achievements"
     return config(
         *(sft, profile.dtype, checkpoints, rows, accumulation),
         num_train_epochs=1,  # `dataset.order` has all of them
@@ -136,7 +177,7 @@ def arguments(profile: params.Profile, checkpoints: Path, rows: int, accumulatio
         eval_steps=sft.eval_steps,
         save_steps=sft.eval_steps,
         load_best_model_at_end=validated,
-        metric_for_best_model="eval_loss",
+        metric_for_best_model="eval_achievements" if by_play else "eval_loss",
         logging_steps=25 if sft.eval_steps < 1 else min(sft.eval_steps, 25),
         deepspeed=memory.zero_config(sft.zero),
         dataloader_num_workers=readers["num_workers"],
@@ -169,13 +210,15 @@ def plan(trainer: "SftTrainer") -> tuple[dict[str, int], int]:
     """What is still to be done, and how many steps have been."""
     state, every = trainer.state, trainer.state.eval_steps
     validations = state.max_steps // every - state.global_step // every if trainer.eval_dataset else 0
-    return {"step": state.max_steps - state.global_step, "validation": int(validations)}, state.global_step
+    ahead = {"step": state.max_steps - state.global_step, "validation": int(validations)}
+    return ahead | ({"held-out play": int(validations)} if trainer.held_out else {}), state.global_step
 
 
 def write_curves(history: list[dict]) -> None:
     columns = {"loss": "loss", "mean_token_accuracy": "token_accuracy", "learning_rate": "learning_rate"}
     write_curve("sft_train", history, columns)
     write_curve("sft_val", history, {"eval_loss": "loss", "eval_mean_token_accuracy": "token_accuracy"})
+    write_curve("sft_held_out", history, {"eval_achievements": "achievements", "eval_invalid_rate": "invalid_rate"})
 
 
 def write(
@@ -194,21 +237,23 @@ def write(
 
     history = trainer.state.log_history
     write_curves(history)
-    validations, last = [entry for entry in history if "eval_loss" in entry], trainer.state.global_step
-    best = min(validations, key=lambda entry: entry["eval_loss"], default={"step": last})
+    validations, last = [row for row in history if "eval_loss" in row], trainer.state.global_step
+    best = next((row for row in validations if row["step"] == trainer.state.best_global_step), {"step": last})
     metrics = {
         "val_loss": best.get("eval_loss"),
         "val_token_accuracy": best.get("eval_mean_token_accuracy"),
+        "held_out_achievements": best.get("eval_achievements"),
         "best_step": best["step"],
         "steps": last,
         "rows_too_long": left_out,
     }
     write_metrics("sft", metrics)
     tables = [card.teachers(examples.survey(DATA[name], BASE, survey).teachers) for name, survey in surveys.items()]
+    settings = profile.sft.model_dump(mode="json", exclude={"evaluation": {"seeds"}})
     sections = {
         "Data": "Trained on decisions of\n\n" + "\n\nand validated, on other worlds, on\n\n".join(tables),
         "Metrics": card.table(("metric", "value"), metrics.items()),
-        "Settings": card.settings({"dtype": profile.dtype, "sft": profile.sft.model_dump(mode="json")}),
+        "Settings": card.settings({"dtype": profile.dtype, "sft": settings}),
     }
     asked = Jsonl(DATA[list(surveys)[-1]])[0]["messages"][:-1]
     found = {name: value for name, value in metrics.items() if name.startswith("val_") and value is not None}
@@ -216,8 +261,10 @@ def write(
     with replacing(OUT) as out:
         trainer.model.save_pretrained(out, state_dict=weights)
         adapter.complete(out, OUT.name, processor, profile.student, asked, sections, results)
-    loss = f"validation loss {best['eval_loss']:.3f} at step {best['step']}" if validations else f"step {last}"
-    print(f"sft: {loss} of {last}; {left_out} rows were too long, or their answers, and left out")
+    kept = f"validation loss {best['eval_loss']:.3f} at step {best['step']}" if validations else f"step {last}"
+    if "eval_achievements" in best:
+        kept = f"{best['eval_achievements']:.2f} achievements on held-out worlds, {kept}"
+    print(f"sft: {kept} of {last}; {left_out} rows were too long, or their answers, and left out")
 
 
 if __name__ == "__main__":

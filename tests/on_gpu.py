@@ -56,6 +56,7 @@ SETTINGS = {
     "profiles.qwen2b.sft.micro_batch_size": BATCH // 2,
     "profiles.qwen2b.sft.learning_rate": 1e-3,
     "profiles.qwen2b.sft.eval_steps": STEPS // 2,
+    "profiles.qwen2b.sft.evaluation": {"seeds": "320000-320001", "max_steps": TURNS},
     "profiles.qwen2b.distill.rounds": 1,
     "profiles.qwen2b.distill.worlds": EPISODES,
     "profiles.qwen2b.distill.max_steps": TURNS,

@@ -33,6 +33,7 @@ QWEN = {
     "profiles.qwen2b.sft.batch_size": 8,
     "profiles.qwen2b.sft.micro_batch_size": 2,
     "profiles.qwen2b.sft.epochs": 1,
+    "profiles.qwen2b.sft.evaluation": {"seeds": "320000-320001", "max_steps": 4},
     "profiles.qwen2b.distill.rounds": 2,
     "profiles.qwen2b.distill.worlds": 2,
     "profiles.qwen2b.distill.max_steps": 4,

@@ -29,6 +29,7 @@ SMALL = {
     "profiles.tiny.sft.epochs": 1,
     "profiles.tiny.sft.batch_size": 16,
     "profiles.tiny.sft.eval_steps": 5,
+    "profiles.tiny.sft.evaluation": {"seeds": "320000-320002", "max_steps": 10},
     "profiles.tiny.distill.rounds": 2,
     "profiles.tiny.distill.worlds": 4,
     "profiles.tiny.distill.max_steps": 20,

@@ -231,6 +231,14 @@ CAPPED = {
             ["profiles.tiny.distill.seeds and profiles.tiny.rl.evaluation.seeds share 1 seeds"],
         ),
         (
+            {"profiles__tiny__sft__evaluation__seeds": "310063-310064"},
+            ["profiles.tiny.rl.evaluation.seeds and profiles.tiny.sft.evaluation.seeds share 1 seeds"],
+        ),
+        (
+            {"profiles__tiny__sft__zero": {"stage": 3}},
+            ["profiles.tiny.sft: evaluation cannot go with zero.stage 3", "set stage to 2"],
+        ),
+        (
             {"profiles__tiny__distill__seeds": "400000-400001"},
             ["profiles.tiny.distill: worlds is 64, and seeds are 2; name more seeds"],
         ),
@@ -417,9 +425,16 @@ def test_a_profile_not_in_use_may_overlap(tmp_path):
     params.load(changed(tmp_path, profiles__qwen2b__rl__seeds="0-9"))
 
 
-def test_worlds_of_the_benchmark_and_of_rls_evaluation_are_held_out(tmp_path):
-    path = changed(tmp_path, benchmark__seeds="200000-200001", profiles__tiny__rl__evaluation__seeds="310000")
-    assert params.load(path).held_out == (200_000, 200_001, 310_000)
+def test_worlds_of_the_benchmark_and_of_evaluations_are_held_out(tmp_path):
+    path = changed(
+        tmp_path,
+        benchmark__seeds="200000-200001",
+        profiles__tiny__rl__evaluation__seeds="310000",
+        profiles__tiny__sft__evaluation__seeds="320000",
+    )
+    assert params.load(path).held_out == (200_000, 200_001, 310_000, 320_000)
+    path = changed(tmp_path, profiles__tiny__sft__evaluation=None)
+    assert 320_000 not in params.load(path).held_out
 
 
 def test_a_teacher_may_ask_for_as_many_actions_and_say_as_much_as_the_student(tmp_path):

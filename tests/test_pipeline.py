@@ -98,6 +98,7 @@ def test_curves_are_there_to_plot(ran):
     for name, columns in (
         ("sft_train", "step,loss"),
         ("sft_val", "step,loss"),
+        ("sft_held_out", "step,achievements"),
         ("distill", "round,"),
         ("rl", "iteration,reward,achievements"),
         ("rl_training", "iteration,entropy"),
@@ -237,8 +238,12 @@ def test_without_validation_all_is_trained_on_and_the_last_adapter_is_kept(ran, 
     top, cache = checkout(tmp_path / "top", SMALL | {"split.val_fraction": 0}), tmp_path / "cache"
     for folder in ("data", "models", "metrics"):
         shutil.copytree(ran / folder, top / folder, dirs_exist_ok=True)
-    for name in ("settings", "split", "sft", "agreement", "summary", "report"):
-        stage(top, cache, f"stages/{name}.py")
+    said = {
+        name: stage(top, cache, f"stages/{name}.py")
+        for name in ("settings", "split", "sft", "agreement", "summary", "report")
+    }
+    assert "so profiles.tiny.sft.evaluation has no occasion to play" in said["sft"]
+    assert len((top / "metrics/plots/sft_held_out.csv").read_text().splitlines()) == 1
     assert not (top / "data/sft/val.jsonl").read_bytes()
     metrics = json.loads((top / "metrics/sft.json").read_text())
     assert metrics["val_loss"] is None and metrics["best_step"] == metrics["steps"] > 0

@@ -394,6 +394,19 @@ class Zero(Section):
         return self
 
 
+class SftEvaluation(Section):
+    """The student's own play on held-out worlds at each validation of sft, since loss says little about it."""
+
+    seeds: Seeds
+    max_steps: Annotated[int, Field(ge=1, le=10_000)]
+    """Environment steps after which an episode ends."""
+    keep: Literal["achievements", "loss"] = "achievements"
+    """What decides which adapter the stage gives, and when it stops early: the achievements of this play, or the
+    validation's loss. Few worlds tell near adapters apart by chance."""
+    max_sampler_mismatch: PositiveFloat = 0.1
+    """As rl has it, for a server that plays: it is tested each time."""
+
+
 class Sft(Section):
     epochs: PositiveFloat = 3
     batch_size: PositiveInt = 32
@@ -412,7 +425,10 @@ class Sft(Section):
     eval_rows: PositiveInt | None = 512
     """The most rows to validate on, drawn evenly from all of them and the same each time; null is all."""
     early_stopping_patience: PositiveInt | None = 3
-    """Validations without a better loss after which training stops; null trains to the end."""
+    """Validations without a better loss after which training stops; null trains to the end. Where `evaluation` keeps
+    the adapter by achievements, it counts those without more of them."""
+    evaluation: SftEvaluation | None = None
+    """Play at each validation; null is none. It takes as long as so many episodes of the benchmark do."""
     gradient_checkpointing: bool = False
     """Compute activations again instead of keeping them: less memory, a third more time."""
     zero: Zero = Zero()
@@ -420,9 +436,11 @@ class Sft(Section):
     lora: Lora = Lora()
 
     @model_validator(mode="after")
-    def _quantized_weights_stay_whole(self):
+    def _whole_weights(self):
         if self.lora.quantization and self.zero.stage == 3:
             raise ValueError("lora.quantization cannot go with zero.stage 3, which divides weights; set stage to 2")
+        if self.evaluation and self.zero.stage == 3:
+            raise ValueError("evaluation cannot go with zero.stage 3, which divides weights; set stage to 2")
         return self
 
 
@@ -729,7 +747,8 @@ class Params(Section):
     @property
     def held_out(self) -> tuple[int, ...]:
         """World seeds that nothing may be learnt from: others' decisions on them are left out."""
-        return (*self.benchmark.seeds, *self.active.rl.evaluation.seeds)
+        sft = self.active.sft.evaluation
+        return (*self.benchmark.seeds, *self.active.rl.evaluation.seeds, *(sft.seeds if sft else ()))
 
     @property
     def departures(self) -> tuple[str, ...]:
@@ -789,6 +808,8 @@ class Params(Section):
         uses[f"{where}.distill.seeds"] = self.active.distill.seeds
         uses[f"profiles.{self.profile}.rl.seeds"] = self.active.rl.seeds
         uses[f"profiles.{self.profile}.rl.evaluation.seeds"] = self.active.rl.evaluation.seeds
+        if self.active.sft.evaluation:
+            uses[f"{where}.sft.evaluation.seeds"] = self.active.sft.evaluation.seeds
         if isinstance(self.active.student, TinyStudent):
             uses[f"profiles.{self.profile}.student.pretraining.seeds"] = self.active.student.pretraining.seeds
         uses["benchmark.seeds"] = self.benchmark.seeds

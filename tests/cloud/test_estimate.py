@@ -36,6 +36,7 @@ MEASURED = {
     "profiles__tiny__student__pretraining__batch_size": 32,
     "profiles__tiny__sft__epochs": 1,
     "profiles__tiny__sft__batch_size": 16,
+    "profiles__tiny__sft__evaluation": None,
     "profiles__tiny__rl__iterations": 11,
     "profiles__tiny__rl__groups": 16,
     "profiles__tiny__rl__group_size": 4,
@@ -115,6 +116,15 @@ def test_validation_is_counted(settings):
     rows = int(often["decisions"] / 32 / 10) * held_out
     assert rows > 50_000 and f"validated 115 × {held_out:,}" in often["how"]
     assert often["hours"][0] / seldom["hours"][0] == pytest.approx(1 + rows / 3 / seldom["decisions"])
+
+
+def test_play_at_each_validation_is_counted(settings):
+    worlds = {"seeds": "320000-320007", "max_steps": 100}
+    quiet, played = (settings(profiles__tiny__sft__evaluation=each) for each in (None, worlds))
+    before, after = lines(quiet)["sft"], lines(played)["sft"]
+    validations = int(re.search(r"validated (\d+) ×", after["how"])[1])
+    assert validations and after["decisions"] - before["decisions"] == validations * 8 * 100
+    assert "8 held-out worlds each time" in after["how"] and after["hours"][0] > before["hours"][0]
 
 
 def test_agents_that_are_paid_for_are_counted(settings):

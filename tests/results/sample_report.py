@@ -97,6 +97,7 @@ def made(folder: Path) -> dict:
     curves = {
         "sft_train": "step,loss,token_accuracy\n10,0.5,0.8\n20,0.3,0.9\n",
         "sft_val": "step,loss,token_accuracy\n20,0.35,0.88\n",
+        "sft_held_out": "step,achievements,invalid_rate\n20,4.5,0.01\n",
         "distill": "round,agreement\n0,0.4\n1,0.5\n",
         "distill_train": "step,loss\n10,0.4\n20,0.3\n",
         "rl": "iteration,reward,achievements\n1,5.1,5\n2,5.4,6\n",

@@ -17,6 +17,7 @@ from apprentice.players.scripted import Scripted
 from apprentice.student import loading, sizes
 from apprentice.student.encoding import batch, encode
 from apprentice.training.checkpoints import Often
+from apprentice.training.sampler import weights_digest
 from apprentice.training.sft import SftTrainer
 
 sys.path.append(str(ROOT / "stages"))
@@ -63,6 +64,44 @@ def test_a_step_of_the_hubs_profile_trains_every_adapter_in_bfloat16(base, tmp_p
         assert layer.lora_B["default"].weight.any(), name
     validated = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
     assert len(validated) == 1 and 5 < validated[0] < 20  # of 151,936 words
+
+
+@pytest.mark.parametrize(("keep", "best"), [("achievements", 2), ("loss", 3)])
+def test_the_adapter_that_plays_best_is_kept_where_that_is_asked_for(base, tmp_path, keep, best):
+    import sft
+
+    evaluation = params.SftEvaluation(seeds=(1,), max_steps=1, keep=keep)
+    settings = PROFILE.sft.model_copy(
+        update={"zero": params.Zero(), "eval_steps": 1, "evaluation": evaluation, "learning_rate": 1e-3}
+    )
+    args = sft.arguments(PROFILE.model_copy(update={"sft": settings}), tmp_path, 1, 1)
+    model, processor = loading.load(base, dtype=PROFILE.dtype)
+    episode = play(Scripted("expert"), Spec([3], 1, PROFILE.prompt))[0]
+    given = batch(processor, [encode(processor, row(episode, episode.steps[0], PROFILE.prompt)["messages"])])
+    trainer = SftTrainer(
+        model=model,
+        args=args,
+        train_dataset=Dataset.from_dict({"images": [[0]] * 3}),
+        eval_dataset=Dataset.from_dict({"images": [[0]]}),
+        data_collator=lambda chosen: dict(given),
+        processing_class=processor,
+        peft_config=loading.lora_config(settings.lora),
+    )
+    plays = {1: 1.0, 2: 2.0, 3: 1.5}
+    adapters = {}
+
+    def held_out(step: int) -> dict[str, float]:
+        adapters[step] = weights_digest(trainer.model)
+        assert not trainer.model.training, "a server's chances are compared with those of a model without dropout"
+        return {"achievements": plays[step], "invalid_rate": 0.0}
+
+    trainer.held_out = held_out
+    trainer.train()
+    rows = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert [entry["eval_achievements"] for entry in rows] == list(plays.values())
+    assert np.diff([entry["eval_loss"] for entry in rows]).max() < 0  # it's always the same row
+    assert trainer.state.best_global_step == best
+    assert weights_digest(trainer.model) == adapters[best] and len(set(adapters.values())) == 3
 
 
 def test_validation_is_on_rows_of_the_whole_file_and_on_no_more_than_asked_for(base, monkeypatch):

@@ -323,6 +323,7 @@ def _student(settings: Params, places: compute.Compute, read: int) -> list[Line]
     trained, steps = round(rows * sft.epochs), rows * sft.epochs / sft.batch_size
     validations = int(steps // sft.eval_steps) if sft.eval_steps >= 1 else round(1 / sft.eval_steps)
     validated = min(held_out, sft.eval_rows or held_out)
+    tried = validations * len(sft.evaluation.seeds) * sft.evaluation.max_steps if sft.evaluation else 0
     evaluations = -(-rl.iterations // rl.evaluation.every) + 1
     episodes = rl.iterations * rl.groups * rl.group_size + evaluations * len(rl.evaluation.seeds)
     share = f"{kept['share']:.1%} kept"
@@ -343,7 +344,8 @@ def _student(settings: Params, places: compute.Compute, read: int) -> list[Line]
             card = None
         if card is None:
             return Line(stage, decisions, decisions * each, None, cards, None, None, how, sources)
-        serving = len(places.vllm.gpus or ()) if stage in ("distill", "rl") else 0  # the others train
+        trained_beside = ("distill", "rl", *(["sft"] if sft.evaluation else []))
+        serving = len(places.vllm.gpus or ()) if stage in trained_beside else 0  # the others train
         rate = "rl_tokens_per_second" if stage == "rl" else "sft_tokens_per_second"
         shares = [
             _Share(plays, "play_decisions_per_second", "plays {} decisions", serving or cards),
@@ -383,8 +385,9 @@ def _student(settings: Params, places: compute.Compute, read: int) -> list[Line]
     lines = [
         line(
             "sft",
-            *(0, trained, validations * validated),
-            f"{rows:,} rows ({share}) × {sft.epochs:g} epochs, validated {validations} × {validated:,}",
+            *(tried, trained, validations * validated),
+            f"{rows:,} rows ({share}) × {sft.epochs:g} epochs, validated {validations} × {validated:,}"
+            + (f", {len(sft.evaluation.seeds)} held-out worlds each time" if sft.evaluation else ""),
         ),
         line(
             "distill",

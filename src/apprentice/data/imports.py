@@ -68,7 +68,8 @@ _REMEDIES = {
     _AGAIN: "give each episode an episode_id of its own",
     "an episode on two seeds": "give each episode an episode_id of its own",
     "a seed that is no whole number below 2147483648": "write the world's seed, or null where there is none",
-    _KEPT: "leave out the seeds of benchmark and rl.evaluation: results on worlds already seen would not count",
+    _KEPT: "leave out the seeds of the benchmark and of evaluation in sft and rl: results on worlds already seen would "
+    "not count",
     "weight 0": "its author asks not to train on it",
     _NO_DECISION: "export it there: apprentice export openai, and import its JSONL",
 }

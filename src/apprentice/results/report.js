@@ -225,12 +225,13 @@ function chart(title, series, across, up) {
 }
 
 function curves() {
-  const { sft_train: train, sft_val: val, distill, distill_train: distilled, rl, rl_training: moved, rl_held_out: held } = data.curves;
+  const { sft_train: train, sft_val: val, sft_held_out: tried, distill, distill_train: distilled, rl, rl_training: moved, rl_held_out: held } = data.curves;
   const [train_, val_] = ["var(--c0)", "var(--c4)"];
   const pair = (column) => [{ name: "training", x: train.step, y: train[column], color: train_ }, { name: "held out", x: val.step, y: val[column], color: val_ }];
   const [step, iteration] = ["optimizer step", "iteration"];
   chart("SFT: loss", pair("loss"), step, "nats a token");
   chart("SFT: token accuracy", pair("token_accuracy"), step, "share of tokens");
+  chart("SFT: achievements an episode", [{ name: "held out", x: tried.step || [], y: tried.achievements, color: val_ }], step, "of 22");
   chart("Distillation: loss on labels and rows of SFT", [{ name: "training", x: distilled.step, y: distilled.loss, color: train_ }], step, "nats a token");
   chart("Distillation: own decisions as the teacher's", [{ name: "agreement", x: distill.round, y: distill.agreement, color: val_ }], "round", "share of decisions");
   // Held-out worlds are played after so many iterations: 0 is the student that RL begins with.

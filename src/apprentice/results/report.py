@@ -30,7 +30,7 @@ _DECISIONS = 400
 """The most decisions of an episode that are shown."""
 _SHEET = 200
 """Pictures in a sheet: 200 × 72 pixels is a height that every browser takes."""
-CURVES = ("sft_train", "sft_val", "distill", "distill_train", "rl", "rl_training", "rl_held_out")
+CURVES = ("sft_train", "sft_val", "sft_held_out", "distill", "distill_train", "rl", "rl_training", "rl_held_out")
 _ROLLOUTS = Path("data/rl/rollouts.parquet")
 
 

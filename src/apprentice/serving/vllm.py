@@ -270,12 +270,11 @@ def _pictures(base: Path) -> dict[str, str]:
 class Servers:
     """The servers of a plan, running within a `with`. One that ends by itself is started again, once."""
 
-    def __init__(self, plan: Plan, settings: Vllm, base: Path, dtype: str, adapters: Sequence[Path]):
-        """adapters: whose ranks the servers have to be ready for."""
+    def __init__(self, plan: Plan, settings: Vllm, base: Path, dtype: str, adapters: Sequence[Path], rank: int = 8):
+        """adapters: whose ranks the servers have to be ready for. rank: of those that are yet to be made."""
         self._plan, self._settings, self._base, self._dtype = plan, settings, base, dtype
-        self._rank = max(
-            (json.loads((folder / "adapter_config.json").read_text())["r"] for folder in adapters), default=8
-        )
+        ranks = (json.loads((folder / "adapter_config.json").read_text())["r"] for folder in adapters)
+        self._rank = max([rank, *ranks])
         self._guards: list[threading.Thread] = []
         self._children: dict[Server, subprocess.Popen] = {}
         self._changing = threading.Lock()

@@ -36,7 +36,8 @@ from apprentice.players.scripted import Scripted
 from apprentice.policy import Player, Policy, Turn
 from apprentice.training import devices, examples, rollouts
 from apprentice.training.live import Live
-from apprentice.training.sampler import Sampler, weights_digest
+from apprentice.training.own_play import OwnPlay
+from apprentice.training.sampler import Sampler
 from apprentice.training.sft import SftTrainer
 
 AGENT = "distill"
@@ -223,8 +224,10 @@ def read(ledger: Ledger, spec: Spec) -> Labels:
     return found
 
 
-class Practice:
-    """Plays a round with the student as the trainer has it, and keeps its rows. Every rank calls every method."""
+class Practice(OwnPlay):
+    """Plays a round with the student as the trainer has it, and keeps its rows."""
+
+    trainer: "DistillTrainer"
 
     def __init__(
         self,
@@ -237,10 +240,10 @@ class Practice:
         whose: str,
         live: Live,
     ):
-        """base: the folder of the base model. folder: the run's, in the cache; its name is the fingerprint of all that
-        shapes the run. rationale: labels have the teacher's words too. whose: where its endpoint's settings stand."""
-        self.trainer, self.sampler, self.profile, self.base, self.folder = trainer, sampler, profile, base, folder
-        self.distill, self.rationale, self.whose, self.live = profile.distill, rationale, whose, live
+        """base: the folder of the base model. rationale: labels have the teacher's words too. whose: where its
+        endpoint's settings stand."""
+        super().__init__(trainer, sampler, profile, folder)
+        self.base, self.distill, self.rationale, self.whose, self.live = base, profile.distill, rationale, whose, live
 
     def rows(self, number: int) -> Path:
         """The rows that a round has made."""
@@ -255,38 +258,24 @@ class Practice:
         """Play and label a round, if that has not been done before a kill."""
         if not damage(self.rows(number).parent):
             return
-        distill, sampling, accelerator = self.distill, self.profile.sampling, self.trainer.accelerator
-        model, ledger_name = accelerator.unwrap_model(self.trainer.model), f"distill-{self.folder.name}"
-        weights, first = weights_digest(model), number * distill.worlds
-        spec = Spec(
-            [distill.seeds[place % len(distill.seeds)] for place in range(first, first + distill.worlds)],
-            distill.max_steps,
-            self.profile.prompt,
-            agent=AGENT,
-            together=sampling.batch_size,
-            fingerprint=f"{weights} {number}",
-        )
+        distill, accelerator = self.distill, self.trainer.accelerator
+        places = range(number * distill.worlds, (number + 1) * distill.worlds)
+        seeds = [distill.seeds[place % len(distill.seeds)] for place in places]
         numbers = [distill.random_seed, 11, number]
 
         def student(place: int) -> Policy:
-            seed = int(np.random.default_rng([*numbers, place]).integers(2**62))
-            return self.sampler.policy(sampling.temperature, sampling.max_tokens, seed, place)
+            return self.policy(place, self.profile.sampling.temperature, [*numbers, place])
 
         self.live.begin("play")
-        self.sampler.wake()
-        self.sampler.update(model, number)
-        if self.trainer.is_world_process_zero():
-            with Ledger(ledger_name) as ledger:
-                ledger.forget(weights)
-        devices.wait()
+        spec = replace(self.spec(seeds, distill.max_steps, f"{self.take(number)} {number}"), agent=AGENT)
         share = distill.teacher_share * distill.teacher_decay**number
         how = (share, numbers, self.rationale, self.whose, accelerator.process_index, accelerator.num_processes)
-        with Ledger(ledger_name) as ledger:
+        with Ledger(self.ledger_name) as ledger:
             play_share(student, distill.teacher, spec, ledger, *how)
         self.sampler.sleep()
         devices.wait()
-        if self.trainer.is_world_process_zero():
-            with Ledger(ledger_name) as ledger:
+        if self.first:
+            with Ledger(self.ledger_name) as ledger:
                 self._write(number, share, read(ledger, spec), spec)
         devices.wait()
         seen = self.rounds()[number]

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 
 from apprentice.episode import Episode
@@ -23,27 +23,29 @@ from apprentice.ledger import Ledger
 from apprentice.params import Profile, Reward
 from apprentice.play import Spec
 from apprentice.student.encoding import batch
-from apprentice.training import devices, rollouts
+from apprentice.training import rollouts
 from apprentice.training.live import Live
+from apprentice.training.own_play import OwnPlay, outcome
 from apprentice.training.reward import rewards
 from apprentice.training.rl import RlTrainer
-from apprentice.training.sampler import Sampler, weights_digest
+from apprentice.training.sampler import Sampler
 from apprentice.world.observation import ACTIONS
 
 
-class SelfPlay:
-    """Plays with the policy as the trainer has it. Every rank calls every method, in the same order."""
+class SelfPlay(OwnPlay):
+    """Plays an iteration's groups, and the held-out worlds, with the policy as the trainer has it."""
+
+    trainer: RlTrainer
 
     def __init__(self, trainer: RlTrainer, sampler: Sampler, profile: Profile, folder: Path, live: Live):
-        """folder: the run's, in the cache; its name is the fingerprint of all that shapes the run."""
-        self.trainer, self.sampler, self.profile, self.folder, self.live = trainer, sampler, profile, folder, live
-        self.rl = profile.rl
+        super().__init__(trainer, sampler, profile, folder)
+        self.rl, self.live = profile.rl, live
         self._ahead: Callable[[], list[Episode]] | None = None
 
     def episodes(self, iteration: int) -> list[Episode]:
         """An iteration's groups, in order, played with the policy as it is now."""
         self.live.begin("play")
-        episodes = self._play("train", iteration, self._seeds(iteration))()
+        episodes = self._play(iteration)()
         self.live.end("play")
         return episodes
 
@@ -58,7 +60,7 @@ class SelfPlay:
         kept = self.folder / "ahead" / str(iteration) / "adapter_model.safetensors"
         if not self.rl.staleness or not kept.exists():
             return None
-        model = self._model
+        model = self.model
         now = {
             name: weight.clone() for name, weight in get_peft_model_state_dict(model, adapter_name="default").items()
         }
@@ -69,14 +71,14 @@ class SelfPlay:
 
     def play_ahead(self, iteration: int) -> None:
         """Begin an iteration's play with the policy as it is, before the iteration before has changed it."""
-        if self._first:
+        if self.first:
             folder = self.folder / "ahead"
             with replacing(folder / str(iteration)) as path:
-                self._model.save_pretrained(path, selected_adapters=["default"])
+                self.model.save_pretrained(path, selected_adapters=["default"])
             for old in folder.iterdir():
                 if old.name.isdigit() and int(old.name) < iteration - 1:
                     shutil.rmtree(old)
-        self._ahead = self._play("train", iteration, self._seeds(iteration), ahead=True)
+        self._ahead = self._play(iteration, ahead=True)
 
     def evaluate(self, iteration: int) -> None:
         """Play the held-out worlds after so many iterations; keep the adapter with what it got there."""
@@ -84,18 +86,14 @@ class SelfPlay:
         if not damage(folder):
             return  # before a kill
         self.live.begin("held-out play")
-        episodes = self._play("evaluation", iteration, list(self.rl.evaluation.seeds))()
-        if not self._first:
+        rl = self.rl
+        episodes = self.held_out(rl.evaluation.seeds, rl.max_steps, rl.random_seed, iteration)
+        if not self.first:
             return
-        steps = [step for episode in episodes for step in episode.steps]
-        found = {
-            "iteration": iteration,
-            "reward": float(np.mean([sum(rewards(episode, self.rl.reward)) for episode in episodes])),
-            "achievements": float(np.mean([len(episode.unlocked) for episode in episodes])),
-            "invalid_rate": float(np.mean([bool(step.invalid) for step in steps])),
-        }
+        reward = float(np.mean([sum(rewards(episode, rl.reward)) for episode in episodes]))
+        found = {"iteration": iteration, "reward": reward, **outcome(episodes)}
         with replacing(folder) as path:
-            self._model.save_pretrained(path, selected_adapters=["default"])
+            self.model.save_pretrained(path, selected_adapters=["default"])
             (path / "evaluation.json").write_text(json.dumps(found))
             seal(path)
         achieved = f"{found['achievements']:.2f} achievements"
@@ -109,52 +107,25 @@ class SelfPlay:
         critic, ahead = self.folder / "critics" / f"{following - 1}.npy", self.folder / "ahead" / str(following)
         return [*earlier, *([critic] if critic.exists() else []), *ahead.glob("*")]
 
-    @property
-    def _model(self) -> PeftModel:
-        return self.trainer.accelerator.unwrap_model(self.trainer.model)
-
-    @property
-    def _first(self) -> bool:
-        return self.trainer.is_world_process_zero()
-
     def _seeds(self, iteration: int) -> list[int]:
         first = iteration * self.rl.groups
         places = range(first, first + self.rl.groups)
         return [self.rl.seeds[place % len(self.rl.seeds)] for place in places for _ in range(self.rl.group_size)]
 
-    def _play(self, purpose: str, iteration: int, seeds: list[int], ahead: bool = False) -> Callable[[], list[Episode]]:
-        """Play these seeds with the policy as it is now, in all ranks, or take the episodes from the ledger.
+    def _play(self, iteration: int, ahead: bool = False) -> Callable[[], list[Episode]]:
+        """Play an iteration's groups with the policy as it is now, in all ranks, or take them from the ledger.
 
         Returns a call that gives the episodes. ahead: it's played meanwhile, by a sampler that can.
         """
-        rl, sampling, accelerator = self.rl, self.profile.sampling, self.trainer.accelerator
-        ours, weights, ledger_name = purpose == "train", weights_digest(self._model), f"rl-{self.folder.name}"
-        spec = Spec(
-            seeds,
-            rl.max_steps,
-            self.profile.prompt,
-            together=sampling.batch_size,
-            fingerprint=f"{weights} {purpose} {iteration}",
-        )
-        hidden = ours and rl.advantage == "critic" and not self.sampler.shows_hidden
-
-        def policy(place: int):
-            numbers = [rl.random_seed, 7, iteration, place, int(ours)]
-            temperature = rl.temperature if ours else sampling.temperature
-            seed = int(np.random.default_rng(numbers).integers(2**62))
-            return self.sampler.policy(temperature, sampling.max_tokens, seed, place)
+        rl = self.rl
+        spec = self.spec(self._seeds(iteration), rl.max_steps, f"{self.take(iteration)} train {iteration}")
+        hidden = rl.advantage == "critic" and not self.sampler.shows_hidden
 
         def share() -> dict[int, Episode]:
-            with Ledger(ledger_name) as ledger:
-                rank, ranks = accelerator.process_index, accelerator.num_processes
-                return rollouts.play_share(policy, spec, ledger, rank, ranks)
+            return self.share(
+                lambda place: self.policy(place, rl.temperature, [rl.random_seed, 7, iteration, place, 1]), spec
+            )
 
-        self.sampler.wake()
-        self.sampler.update(self._model, iteration)
-        if self._first:
-            with Ledger(ledger_name) as ledger:
-                ledger.forget(weights)
-        devices.wait()
         played: Future[dict[int, Episode]] = Future()
         if ahead and self.sampler.apart:
             # Ranks speak to each other in the main thread only; a daemon holds up nobody who ends early.
@@ -163,26 +134,14 @@ class SelfPlay:
             played.set_result(share())
             self.sampler.sleep()
             if hidden:
-                with Ledger(ledger_name) as ledger:
+                with Ledger(self.ledger_name) as ledger:
                     self._add_hidden(ledger, spec)
-
-        def episodes() -> list[Episode]:
-            mine, places = played.result(), range(len(seeds))
-            devices.wait()
-            with Ledger(ledger_name) as ledger:
-                others = [place for place in places if place not in mine]
-                found = mine | dict(zip(others, rollouts.read(ledger, spec.fingerprint, others), strict=True))
-                if hidden:
-                    found = rollouts.with_hidden(ledger, spec.fingerprint, found)
-            devices.wait()  # the first rank may go on to other weights, and forget these
-            return [found[place] for place in places]
-
-        return episodes
+        return lambda: self.gathered(played.result(), spec, hidden)
 
     @torch.no_grad()
     def _add_hidden(self, ledger: Ledger, spec: Spec) -> None:
         """Compute the hidden states that an engine did not show, of this rank's share, and keep them in the ledger."""
-        trainer, processor, model = self.trainer, self.trainer.processing_class, self._model.get_base_model()
+        trainer, processor, model = self.trainer, self.trainer.processing_class, self.model.get_base_model()
         rank, ranks = trainer.accelerator.process_index, trainer.accelerator.num_processes
         size, done = trainer.args.per_device_train_batch_size, ledger.keys()
         name = spec.fingerprint

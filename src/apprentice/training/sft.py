@@ -1,5 +1,6 @@
 """SFT's trainer: TRL's, with losses that are means over the answers' tokens, however a batch is split."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -42,6 +43,9 @@ def config(section: Sft | Distill, dtype: str, folder: Path, rows: int, accumula
 class SftTrainer(SFTTrainer):
     """The loss of a batch, and of the validation rows, is the same on any number of devices and in any parts."""
 
+    held_out: Callable[[int], dict[str, float]] | None = None
+    """Play on held-out worlds after so many steps, part of each validation: what it came to."""
+
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
         # Qwen3-VL says no, meaning a loss of its own that isn't used here. Without the number of tokens of the whole
@@ -64,6 +68,8 @@ class SftTrainer(SFTTrainer):
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
         self._evaluated: list[torch.Tensor] = []
+        self.accelerator.unwrap_model(self.model).eval()
+        played = self.held_out(self.state.global_step) if self.held_out else {}
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         rows = torch.cat(self._evaluated)
         if len(rows) < (output.num_samples or 0):
@@ -72,8 +78,9 @@ class SftTrainer(SFTTrainer):
                 "dvc repro -f -s split"
             )
         loss, right, tokens = rows.sum(dim=0).tolist()
-        output.metrics[f"{metric_key_prefix}_loss"] = loss / tokens
-        output.metrics[f"{metric_key_prefix}_mean_token_accuracy"] = right / tokens
+        found = {"loss": loss / tokens, "mean_token_accuracy": right / tokens} | played
+        for name, value in found.items():
+            output.metrics[f"{metric_key_prefix}_{name}"] = value
         return output
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None) -> tuple[None, None, None]:
