@@ -109,7 +109,7 @@ def test_a_player_brings_nothing_that_its_stage_does_not_depend_on(policy):
 SHAPED = {
     "collect": {"world/terrain.py", "world/png.py", "play.py", "store.py", "prompt.py"},
     "split": {"data/chat_rows.py", "data/dataset.py", "prompt.py"},
-    "sft": {"training/sft.py", "training/examples.py", "student/encoding.py", "student/card.py"},
+    "sft": {"training/sft.py", "training/examples.py", "training/own_play.py", "student/card.py"},
     "distill": {"training/distillation.py", "training/sft.py", "training/rollouts.py", "players/expert.py", "play.py"},
     "rl": {"training/rl.py", "training/self_play.py", "training/advantages.py", "serving/vllm.py", "world/rules.py"},
     "report": {f"results/report.{kind}" for kind in ("py", "html", "css", "js")} | {"results/published.yaml"},
@@ -117,7 +117,7 @@ SHAPED = {
 NOT_SHAPED = {
     "collect": {"training/rl.py", "student/loading.py", "results/report.py", "params.py", "players/random.py"},
     "split": {"world/terrain.py", "student/loading.py", "training/sft.py"},
-    "sft": {"world/terrain.py", "training/rl.py", "results/report.py", "endpoint/prices.yaml", "errors.py"},
+    "sft": {"training/rl.py", "results/report.py", "endpoint/prices.yaml", "errors.py"},
     "distill": {"results/report.js", "endpoint/client.py", "training/advantages.py", "cloud/launch.py"},
     "rl": {
         "training/distillation.py",

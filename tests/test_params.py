@@ -235,8 +235,8 @@ CAPPED = {
             ["profiles.tiny.rl.evaluation.seeds and profiles.tiny.sft.evaluation.seeds share 1 seeds"],
         ),
         (
-            {"profiles__tiny__sft__zero": {"stage": 3}},
-            ["profiles.tiny.sft: evaluation cannot go with zero.stage 3", "set stage to 2"],
+            {"profiles__smoke__sft__zero": {"stage": 3}},
+            ["profiles.smoke.sft: evaluation cannot go with zero.stage 3", "set stage to 2"],
         ),
         (
             {"profiles__tiny__distill__seeds": "400000-400001"},

@@ -120,7 +120,8 @@ def test_validation_is_counted(settings):
 
 def test_play_at_each_validation_is_counted(settings):
     worlds = {"seeds": "320000-320007", "max_steps": 100}
-    quiet, played = (settings(profiles__tiny__sft__evaluation=each) for each in (None, worlds))
+    often = {"profiles__tiny__sft__eval_steps": 100}
+    quiet, played = (settings(profiles__tiny__sft__evaluation=each, **often) for each in (None, worlds))
     before, after = lines(quiet)["sft"], lines(played)["sft"]
     validations = int(re.search(r"validated (\d+) ×", after["how"])[1])
     assert validations and after["decisions"] - before["decisions"] == validations * 8 * 100
