@@ -19,7 +19,7 @@ def main() -> None:
     summary: dict = {"meaningless": True} if statistics["toy"] else {}
     summary |= {
         "kept_decisions": filtered["decisions"]["kept"],
-        "achievement_rate": {name: round(100 * row["achievement_rate"], 2) for name, row in benchmark.items()},
+        "achievement_rate": {name: round(100 * row["achievement_rate"], 3) for name, row in benchmark.items()},
         "sft_val_loss": rounded(sft["val_loss"], 4),
         "sft_agreement": rounded(agreement(), 4),
         "distill_agreement": rounded(distill["rounds"][-1]["agreement"], 4) if distill["rounds"] else None,
