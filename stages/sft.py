@@ -140,6 +140,7 @@ def train(
         temperature = profile.sampling.temperature or 1.0
         probe = partial(Probe, held_out.seeds, profile.prompt, temperature, held_out.max_sampler_mismatch)
         player = sampler(servers, profile, BASE, processor, checkpoints, sleeping, probe)
+        player.sleep()  # training comes first
         trainer.held_out = partial(played, OwnPlay(trainer, player, profile, checkpoints), held_out, live)
     trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints))
     live.close()

@@ -5,6 +5,7 @@ GPUs are pretended; a server is a program that answers like vLLM, with the tiny 
 
 import json
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -18,8 +19,12 @@ from ruamel.yaml import YAML
 from small import SMALL, checkout, started, wait_for
 from test_vllm import program, running  # noqa: F401  the fixture
 
-from apprentice import gpus
+from apprentice import gpus, params
+from apprentice.data.chat_rows import row
+from apprentice.data.dataset import write_jsonl
 from apprentice.errors import WorkError
+from apprentice.play import Spec, play
+from apprentice.players.scripted import Scripted
 from apprentice.serving.vllm import Adapter, Server
 from apprentice.training import devices
 from apprentice.training.sampler import VllmSampler
@@ -167,3 +172,29 @@ def test_rl_ends_with_its_results_when_two_ranks_and_two_servers_take_turns(top,
     assert logs["0.log"].count("started") == 2 and logs["1.log"].count("started") == 1
     answered = [logs[f"{number}.log"].count("/chat/completions") for number in (0, 1)]
     assert max(answered) < 1.3 * min(answered), "servers have as much to do"
+
+
+def test_sft_trains_while_servers_sleep_and_plays_when_they_are_awake(models, tmp_path, monkeypatch):
+    top = checkout(tmp_path / "top", SHORT | {"profiles.tiny.sampling.max_tokens": 16})
+    shutil.copytree(models, top / "models")
+    shown = params.load(top / "params.yaml").active.prompt
+    for side, seeds in {"train": [3, 4, 5], "val": [6]}.items():
+        episodes = play(Scripted("expert"), Spec(seeds, 40, shown))
+        rows = [row(episode, step, shown) for episode in episodes for step in episode.steps]
+        (top / "data/sft").mkdir(parents=True, exist_ok=True)
+        write_jsonl(top / f"data/sft/{side}.jsonl", rows)
+    on_two_gpus(top, monkeypatch)
+    process, logs = started(top, top / "cache", "stages/sft.py"), {}
+
+    def last() -> bool:
+        logs.update({file.name: file.read_text() for file in top.glob("cache/serve/*/*.log")})
+        return (top / "metrics/sft.json").exists()
+
+    wait_for(last, process, 600)
+    assert process.wait(60) == 0, process.stdout.read().decode()[-3000:]
+    assert len((top / "metrics/plots/sft_held_out.csv").read_text().splitlines()) == 3  # after 5 and 8 steps
+    for log in logs.values():
+        done = [name for name in re.findall(r"/(sleep|wake_up|load_lora_adapter|chat/completions)", log)]
+        played = done[done.index("sleep") :]
+        assert list(dict.fromkeys(played)) == ["sleep", "wake_up", "load_lora_adapter", "chat/completions"]
+        assert played.count("sleep") == 3 and played[-1] == "sleep"
