@@ -1,8 +1,10 @@
 """`apprentice traces`: what was played, listed, counted and shown, whatever a model has written into it."""
 
 import json
+import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 from command_line import run, write_params
 from PIL import Image
@@ -13,6 +15,7 @@ from apprentice.episode import Episode, Reply
 from apprentice.params import Prompt
 from apprentice.play import Spec, play
 from apprentice.players.scripted import Scripted
+from apprentice.training import rollouts
 
 
 class Evil:
@@ -147,3 +150,26 @@ def test_a_benchmarks_opening_is_part_of_the_film():
 def test_what_is_not_there_is_one_sentence(folder, arguments, code, said):
     done = run(folder, "traces", *arguments)
     assert done.returncode == code and said in done.stderr and "Traceback" not in done.stderr
+
+
+def test_what_rl_plays_is_shown_while_it_plays_and_afterwards(folder, monkeypatch):
+    monkeypatch.setenv("APPRENTICE_CACHE", str(folder / "cache"))
+    for arguments, said in (
+        (["list"], "rl has played no iteration"),
+        (["stats", "--benchmark"], "leave out --benchmark"),
+    ):
+        done = run(folder, "traces", *arguments, "--rl")
+        assert done.returncode and said in done.stderr and "Traceback" not in done.stderr
+    [other, ours] = [folder / f"cache/rl/{name}/rollouts" for name in ("before", "now")]
+    episodes = play(Scripted("expert"), Spec([300_000, 300_001], 8, Prompt()))
+    for number, episode in enumerate(episodes):
+        group = [(episode, np.zeros(len(episode.steps)))]
+        rollouts.write(other / f"{number:05}.parquet", group, number)
+        rollouts.write(ours / f"{number:05}.parquet", group, 7 + number)
+    os.utime(other, (0, 0))
+    found = listed(folder, "--rl")
+    assert {one["episode"] for one in found} == {"rl-7-300000-0", "rl-8-300001-0"}
+    done = run(folder, "traces", "show", "rl-8-300001-0", "--rl", "--gif", "rl.gif")
+    assert done.returncode == 0 and (folder / "rl.gif").stat().st_size > 1000, done.stderr
+    rollouts.join(sorted(other.glob("*.parquet")), folder / "data/rl/rollouts.parquet")
+    assert [one["episode"] for one in listed(folder, "--rl", "--seed", "300001")] == ["rl-1-300001-0"]

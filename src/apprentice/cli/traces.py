@@ -1,5 +1,6 @@
 """`apprentice traces`: look into what was played."""
 
+import itertools
 import json
 import sys
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from apprentice import params
 from apprentice.errors import ConfigError, WorkError
 
 application = typer.Typer(
-    no_args_is_help=True, help="Look into what was played: the teachers' traces, the benchmark's."
+    no_args_is_help=True, help="Look into what was played: the teachers' traces, the benchmark's, rl's."
 )
 _COLUMNS = [
     "episode_id",
@@ -55,6 +56,9 @@ Achievements = Annotated[
 Least = Annotated[int, typer.Option("--min-achievements", min=0, max=22, help="Only with so many.")]
 Seeds = Annotated[str | None, typer.Option("--seed", help="Only on these worlds, for example 0-99,200.")]
 Benchmark = Annotated[bool, typer.Option("--benchmark", help="What the benchmark's agents played, not the teachers.")]
+Rl = Annotated[
+    bool, typer.Option("--rl", help="What the student played in rl, a group of each iteration; so far, while it runs.")
+]
 Json = Annotated[bool, typer.Option("--json", help="For a script: the same as JSON.")]
 
 
@@ -65,6 +69,7 @@ def list_episodes(
     min_achievements: Least = 0,
     seed: Seeds = None,
     benchmark: Benchmark = False,
+    rl: Rl = False,
     limit: Annotated[int, typer.Option(min=1, help="The most lines; --json gives all.")] = 50,
     as_json: Json = False,
 ) -> None:
@@ -73,7 +78,7 @@ def list_episodes(
     Example: apprentice traces list --achievement collect_iron --min-achievements 15
     """
     found = sorted(
-        _chosen(_files(benchmark, teacher), achievement, min_achievements, seed),
+        _chosen(_files(benchmark, rl, teacher), achievement, min_achievements, seed),
         key=lambda episode: -len(episode["achievements"]),
     )
     if as_json:
@@ -108,6 +113,7 @@ def statistics(
     min_achievements: Least = 0,
     seed: Seeds = None,
     benchmark: Benchmark = False,
+    rl: Rl = False,
     as_json: Json = False,
 ) -> None:
     """What each teacher achieved, and how often each achievement was unlocked.
@@ -115,8 +121,8 @@ def statistics(
     Example: apprentice traces stats --seed 0-99
     """
     found = {}
-    for name, path in _files(benchmark, teacher).items():
-        episodes = list(_chosen({name: path}, achievement, min_achievements, seed))
+    for name, paths in _files(benchmark, rl, teacher).items():
+        episodes = list(_chosen({name: paths}, achievement, min_achievements, seed))
         found[name] = _summary(episodes)
     if as_json:
         print(json.dumps(found, indent=1))
@@ -143,6 +149,7 @@ def show_episode(
     episode: Annotated[str, typer.Argument(help="As `traces list` calls it, for example expert-12.")],
     step: Annotated[int | None, typer.Option(min=0, help="One decision in full, with its picture.")] = None,
     benchmark: Benchmark = False,
+    rl: Rl = False,
     gif: Annotated[Path | None, typer.Option(help="Write the episode as a film.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -152,7 +159,7 @@ def show_episode(
     """
     if gif and gif.suffix.lower() != ".gif":
         raise ConfigError(f"{gif} must end in .gif")
-    played = _read(_files(benchmark, None), episode)
+    played = _read(_files(benchmark, rl, None), episode)
     if gif:
         if played.imported or played.seed is None:
             raise ConfigError(f"{episode} was imported: its world is not known, so there is no film of it")
@@ -231,23 +238,45 @@ def _decision(step) -> dict:
     }
 
 
-def _files(benchmark: bool, names: list[str] | None) -> dict[str, Path]:
+def _files(benchmark: bool, rl: bool, names: list[str] | None) -> dict[str, list[Path]]:
     """Where the episodes of each are; of those named in params.yaml, never what else lies there."""
     settings = params.load()
+    if rl:
+        if benchmark or names:
+            raise ConfigError("--rl shows the student's own play; leave out --benchmark and --teacher")
+        return {"rl": _rollouts()}
     known = list(settings.benchmark.names) if benchmark else [*settings.teachers, *settings.imports]
     folder = "data/benchmark" if benchmark else "data/traces"
     for name in names or ():
         if name not in known:
             raise ConfigError(f"there is no {name!r}; params.yaml has {', '.join(known)}")
     files = {name: Path(folder) / f"{name}.parquet" for name in names or known}
-    there = {name: path for name, path in files.items() if path.is_file()}
+    there = {name: [path] for name, path in files.items() if path.is_file()}
     if not there or (names and len(there) < len(files)):
         lacking = ", ".join(str(path) for name, path in files.items() if name not in there)
         raise ConfigError(f"there is no {lacking} yet; make it by dvc repro, or dvc pull it")
     return there
 
 
-def _chosen(files: dict[str, Path], achievements: list[str] | None, least: int, seeds: str | None) -> Iterator[dict]:
+def _rollouts() -> list[Path]:
+    """What rl has given; while it runs, or where it was ended before, what the last run of it has played so far."""
+    from apprentice.cache import cache_folder
+
+    done = Path("data/rl/rollouts.parquet")
+    if done.is_file():
+        return [done]
+    runs = sorted(cache_folder().glob("rl/*/rollouts"), key=lambda folder: folder.stat().st_mtime)
+    played = sorted(runs[-1].glob("*.parquet")) if runs else []
+    if not played:
+        raise ConfigError(
+            f"there is no {done} yet, and rl has played no iteration; make it by dvc repro, or dvc pull it"
+        )
+    return played
+
+
+def _chosen(
+    files: dict[str, list[Path]], achievements: list[str] | None, least: int, seeds: str | None
+) -> Iterator[dict]:
     for name in achievements or ():
         if name not in _achievements():
             raise ConfigError(f"{name!r} is no achievement; Crafter's are {', '.join(_achievements())}")
@@ -255,7 +284,7 @@ def _chosen(files: dict[str, Path], achievements: list[str] | None, least: int, 
         wanted = None if seeds is None else set(params.seeds(seeds))
     except ValueError as error:
         raise ConfigError(f"--seed: {error}") from None
-    for path in files.values():
+    for path in itertools.chain(*files.values()):
         for episode in _episodes(path):
             unlocked = set(episode["achievements"])
             if wanted is not None and episode["seed"] not in wanted:
@@ -316,15 +345,14 @@ def _summary(episodes: list[dict]) -> dict:
     }
 
 
-def _read(files: dict[str, Path], name: str):
+def _read(files: dict[str, list[Path]], name: str):
     from apprentice import store
 
-    for path in files.values():
+    paths = list(itertools.chain(*files.values()))
+    for path in paths:
         if rows := store.rows(path, episode_id=name):
             return store.from_rows(rows)
-    raise WorkError(
-        f"there is no episode {name!r} in {', '.join(map(str, files.values()))}; see apprentice traces list"
-    )
+    raise WorkError(f"there is no episode {name!r} in {', '.join(map(str, paths))}; see apprentice traces list")
 
 
 def _plain(text: str) -> str:
