@@ -6,7 +6,7 @@ from pathlib import Path
 
 from apprentice.pipeline import ROOT
 
-SETTINGS = {f"data/settings/student/{name}.json" for name in ("answers", "dtype", "sft", "student")}
+SETTINGS = {f"data/settings/student/{name}.json" for name in ("answers", "dtype", "held_out_play", "sft", "student")}
 """What sft depends on of the settings stage, whose one output is data/settings."""
 _OTHERS = {
     f"data/settings/{name}.json"
