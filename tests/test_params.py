@@ -1,5 +1,6 @@
 """A wrong params.yaml is one helpful error before the first step, and a right one means what it says."""
 
+import runpy
 import subprocess
 import sys
 import time
@@ -435,6 +436,15 @@ def test_worlds_of_the_benchmark_and_of_evaluations_are_held_out(tmp_path):
     assert params.load(path).held_out == (200_000, 200_001, 310_000, 320_000)
     path = changed(tmp_path, profiles__tiny__sft__evaluation=None)
     assert 320_000 not in params.load(path).held_out
+
+
+def test_how_the_student_plays_shapes_sft_only_where_it_plays_there(tmp_path):
+    parts = runpy.run_path(str(ROOT / "stages/settings.py"))["parts"]
+    warm = {"profiles__tiny__sampling__temperature": 0.5}
+    plays = parts(params.load(changed(tmp_path, **warm)))["student/held_out_play"]
+    assert plays["sampling"]["temperature"] == 0.5 and plays["prompt"]["mode"] == "image"
+    quiet = changed(tmp_path, profiles__tiny__sft__evaluation=None, **warm)
+    assert parts(params.load(quiet))["student/held_out_play"] is None
 
 
 def test_a_teacher_may_ask_for_as_many_actions_and_say_as_much_as_the_student(tmp_path):
