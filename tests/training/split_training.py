@@ -78,13 +78,15 @@ def train(top: Path, ranks: int, at_once: int, accumulation: int, stage: int, st
     os.chdir(top)
     profile = params.load(ROOT / "params.yaml").profiles["tiny"]
     settings = {"eval_steps": 10, "early_stopping_patience": None, "batch_size": 8, "micro_batch_size": at_once}
+    worlds = params.SftEvaluation(seeds=(1, 2, 3), max_steps=5, keep="loss")
+    settings["evaluation"] = worlds if stage < 3 else None
     sft = profile.sft.model_copy(update=settings | {"zero": params.Zero(stage=stage)} | changes)
     profile = profile.model_copy(update={"sft": sft, "dtype": "float32"})
     import sft as stage_sft
 
     for name, file in stage_sft.DATA.items():
         examples.survey(file, stage_sft.BASE, KNOWN[name])
-    arguments = profile, KNOWN, 0, top / "checkpoints", at_once, accumulation
+    arguments = profile, KNOWN, 0, top / "checkpoints", at_once, accumulation, (), False
     devices.launch(_rank, ranks, steps, *arguments, group=stage > 0)
 
 
@@ -125,6 +127,7 @@ def test_a_batch_has_the_same_loss_however_it_is_split(trained):
         "four parts": trained("parts", 1, 2, 4, 0),
     }
     assert len(curve(whole, "train")) == STEPS and len(curve(whole, "val")) == STEPS // 10
+    assert len((whole / "metrics/plots/sft_held_out.csv").read_text().splitlines()) == 1 + STEPS // 10
     assert curve(whole, "train")[-5:].mean() < curve(whole, "train")[:5].mean()
     for how, other in others.items():
         for name in ("train", "val"):
