@@ -89,7 +89,7 @@ def until(top: Path, process: subprocess.Popen, condition, seconds: float = 600)
 
 def steps(said: str) -> list[int]:
     """Those that sft has said it has done."""
-    return [int(step) for step in re.findall(r"\bsft (\d+)/\d+,", said)]
+    return [int(step) for step in re.findall(r"\bsft (\d+)/\d+[,:]", said)]
 
 
 def sky(*arguments: str) -> str:
