@@ -4,6 +4,10 @@
 # Runs COMMAND beside it. Mounts, users, processes and the host's name are seen in here only, and are gone with it.
 # FOLDER: absolute, for everything that is written; wheels/ and wheels-sky/ in it have the packages for the node.
 set -euo pipefail
+if [ $$ -ne 1 ]; then # not the first process of a namespace: what is mounted here would be mounted for the whole machine
+    echo "start.sh is run by tests/slurm/run, in namespaces of its own" >&2
+    exit 2
+fi
 root=$1 here=$PWD
 shift
 cd / # the folder that a process stands in would be the one before the mounts
