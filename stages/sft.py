@@ -57,7 +57,7 @@ def main() -> None:
         print(f"sft: there are no rows to validate on, so {where}.sft.evaluation has no occasion to play, either")
     evaluation = sft.evaluation if "val" in surveys else None
     left_out = sum(too_long(name, survey, profile, where) for name, survey in surveys.items())
-    serving = compute.load().vllm
+    serving = compute.load().vllm.model_copy(update={"gpus": None})  # for a few minutes of play, none of their own
     plays = vllm.plan(serving, gpus.names(), training=True) if evaluation else vllm.Plan(())
     ranks, rows, accumulation = devices.layout(sft.batch_size, sft.micro_batch_size, on=plays.training)
     shaping: dict[str, Any] = {"sft": sft.model_dump(mode="json"), "dtype": profile.dtype}

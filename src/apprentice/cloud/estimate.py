@@ -344,8 +344,7 @@ def _student(settings: Params, places: compute.Compute, read: int) -> list[Line]
             card = None
         if card is None:
             return Line(stage, decisions, decisions * each, None, cards, None, None, how, sources)
-        trained_beside = ("distill", "rl", *(["sft"] if sft.evaluation else []))
-        serving = len(places.vllm.gpus or ()) if stage in trained_beside else 0  # the others train
+        serving = len(places.vllm.gpus or ()) if stage in ("distill", "rl") else 0  # the others train
         rate = "rl_tokens_per_second" if stage == "rl" else "sft_tokens_per_second"
         shares = [
             _Share(plays, "play_decisions_per_second", "plays {} decisions", serving or cards),
